@@ -1,0 +1,79 @@
+"""Pretrained vision encoders that only work where their owner allows."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .data import (
+        EMBEDDED_DOMAINS,
+        DomainReference,
+        PixelDataset,
+        load_domain,
+        nested_subsets,
+        split_owner_attacker,
+    )
+    from .evaluation.measure import Measurement, measure_protection
+    from .evaluation.protocol import Arm, FineTuneProtocol, standard_arms
+    from .evaluation.runner import AttackData, LearningCurves, sample_wise_learning_curves
+    from .evaluation.summary import summarize
+    from .publishing.record import read_record
+    from .training.config import NTPConfig
+    from .training.trainer import NTPTrainer
+
+__version__ = version("hf-ntp")
+
+# Names load on first use: `import hf_ntp` and command-line help stay instant.
+_HOMES = {
+    "EMBEDDED_DOMAINS": "data",
+    "Arm": "evaluation.protocol",
+    "AttackData": "evaluation.runner",
+    "DomainReference": "data",
+    "FineTuneProtocol": "evaluation.protocol",
+    "LearningCurves": "evaluation.runner",
+    "Measurement": "evaluation.measure",
+    "NTPConfig": "training.config",
+    "NTPTrainer": "training.trainer",
+    "PixelDataset": "data",
+    "load_domain": "data",
+    "measure_protection": "evaluation.measure",
+    "nested_subsets": "data",
+    "read_record": "publishing.record",
+    "sample_wise_learning_curves": "evaluation.runner",
+    "split_owner_attacker": "data",
+    "standard_arms": "evaluation.protocol",
+    "summarize": "evaluation.summary",
+}
+
+__all__ = [
+    "EMBEDDED_DOMAINS",
+    "Arm",
+    "AttackData",
+    "DomainReference",
+    "FineTuneProtocol",
+    "LearningCurves",
+    "Measurement",
+    "NTPConfig",
+    "NTPTrainer",
+    "PixelDataset",
+    "load_domain",
+    "measure_protection",
+    "nested_subsets",
+    "read_record",
+    "sample_wise_learning_curves",
+    "split_owner_attacker",
+    "standard_arms",
+    "summarize",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hf_ntp' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,33 @@
+"""Domains: loading, splitting, checking, and pixels as a model takes them."""
+
+from __future__ import annotations
+
+from .augmentation import RandomShift
+from .columns import check_labels, check_target, dataset_fingerprint, find_columns
+from .digits import mnist, optdigits
+from .domains import EMBEDDED_DOMAINS, load_domain
+from .images import PixelDataset, preprocess, to_rgb
+from .reference import DomainReference
+from .splits import nested_subsets, split_owner_attacker, stratified_pieces
+from .synthetic import mnistm, syn
+
+__all__ = [
+    "EMBEDDED_DOMAINS",
+    "DomainReference",
+    "PixelDataset",
+    "RandomShift",
+    "check_labels",
+    "check_target",
+    "dataset_fingerprint",
+    "find_columns",
+    "load_domain",
+    "mnist",
+    "mnistm",
+    "nested_subsets",
+    "optdigits",
+    "preprocess",
+    "split_owner_attacker",
+    "stratified_pieces",
+    "syn",
+    "to_rgb",
+]

@@ -1,0 +1,63 @@
+"""Where a domain came from and what exactly was used of it, for records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from .columns import dataset_fingerprint
+
+
+@dataclass(frozen=True)
+class DomainReference:
+    """Identity of a domain.
+
+    Args:
+        name: What reports call it.
+        dataset: Embedded name, Hub id or path.
+        config: Configuration of a Hub dataset.
+        revision: Revision of a Hub dataset.
+        fingerprint: SHA-256 of the content of every part that was used, by part.
+        classes: Names of the classes.
+    """
+
+    name: str
+    dataset: str
+    config: str | None
+    revision: str | None
+    fingerprint: Mapping[str, str]
+    classes: list[str]
+
+    @classmethod
+    def of(
+        cls,
+        dataset: str,
+        parts: Mapping[str, datasets.Dataset],
+        config: str | None = None,
+        revision: str | None = None,
+    ) -> DomainReference:
+        """Describe the parts of a domain that :func:`~hf_ntp.load_domain` loaded.
+
+        Args:
+            dataset: What was passed to ``load_domain``. Of a local path only the last part is kept.
+            parts: Splits, or parts of splits, with a ``ClassLabel`` column "label".
+            config: As passed to ``load_domain``.
+            revision: As passed to ``load_domain``.
+        """
+        local = Path(dataset).exists()
+        return cls(
+            name=Path(dataset).stem if local else dataset.rpartition("/")[2],
+            dataset=Path(dataset).name if local else dataset,
+            config=config,
+            revision=revision,
+            fingerprint={name: dataset_fingerprint(part) for name, part in parts.items()},
+            classes=list(next(iter(parts.values())).features["label"].names),
+        )
+
+    def for_record(self) -> dict[str, Any]:
+        """Return the entry of the authorization record."""
+        return {key: value for key, value in asdict(self).items() if key != "name"}

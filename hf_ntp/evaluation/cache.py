@@ -1,0 +1,71 @@
+"""Content-addressed store of finished fits: nothing is fitted twice, an interrupted sweep continues."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..run_folder import whole_file
+
+# Raise it when a change to fine_tune.py changes results.
+FIT_VERSION = 1
+
+
+def content_key(content: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a JSON-ready description of everything that determines a result."""
+    return hashlib.sha256(json.dumps({"version": FIT_VERSION, **content}, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 over the weight files of a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: If the folder holds no weights.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no *.safetensors file; needed: a checkpoint saved with save_pretrained. Convert older "
+            "pickled weights by loading and saving them once."
+        )
+    return content_key({file.name: file_digest(file) for file in files})
+
+
+class ResultCache:
+    """Small JSON results in a folder, one file per key, written atomically.
+
+    Args:
+        folder: Where to keep them; made when needed. None keeps nothing.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Return the result of ``key``, or None where it is not known (an unreadable file counts as unknown)."""
+        if self.folder is None:
+            return None
+        try:
+            return json.loads((self.folder / f"{key}.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def put(self, key: str, result: Mapping[str, Any]) -> None:
+        """Store a result; a reader sees all of it or nothing."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(self.folder / f"{key}.json") as staged:
+            staged.write_text(json.dumps(result))

@@ -1,0 +1,141 @@
+"""The standard measurement of a protected model: does it still work, and what is it worth to an attacker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageClassification, PreTrainedModel, default_data_collator
+
+from ..data import PixelDataset
+from ..models import LiveWeights, live_weights, prunable_weights, zero_fraction
+from .fine_tune import accuracy_of
+from .protocol import Arm, FineTuneProtocol, standard_arms
+from .runner import AttackData, LearningCurves, sample_wise_learning_curves
+
+_LIVE_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class SourceAccuracy:
+    """Accuracy on the authorized test split, eval mode, before and after protection (on the published weights)."""
+
+    before: float
+    after: float
+    images: int
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """Zeros among the prunable weights of the published model, and among those that get any gradient ("live")."""
+
+    requested: float
+    achieved: float
+    prunable_weights: int
+    live: float
+    live_fraction: float
+
+
+@dataclass(frozen=True)
+class ScratchConvergence:
+    """Mean accuracy of the scratch arm at the largest size, and after training three times as long."""
+
+    sample_size: int
+    steps: int
+    accuracy: float
+    accuracy_3x: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Everything that a report states about one protected model."""
+
+    accuracy: SourceAccuracy
+    sparsity: SparsityReport
+    curves: LearningCurves
+    convergence: ScratchConvergence
+    protocol: FineTuneProtocol
+
+
+def measure_protection(
+    unprotected: str | Path,
+    protected: str | Path,
+    source_test: PixelDataset,
+    target: AttackData,
+    sample_sizes: Sequence[int],
+    seeds: Sequence[int] = (0, 1, 2),
+    protocol: FineTuneProtocol | None = None,
+    requested_sparsity: float | None = None,
+    cache_dir: str | Path | None = None,
+    jobs: int | None = None,
+) -> Measurement:
+    """Measure a protected model against the one it was made from.
+
+    Args:
+        unprotected: Folder of the model before protection.
+        protected: Folder of the protected model.
+        source_test: Authorized test split.
+        target: Unauthorized data that the protection has not seen.
+        sample_sizes: Sizes of the learning curves.
+        seeds: Attack seeds.
+        protocol: How every arm is fitted.
+        requested_sparsity: What the owner asked for; default what ``config.ntp`` says.
+        cache_dir: Where finished fits are kept.
+        jobs: Processes.
+    """
+    protocol = protocol or FineTuneProtocol()
+    before, after = (AutoModelForImageClassification.from_pretrained(path) for path in (unprotected, protected))
+    accuracy = SourceAccuracy(accuracy_of(before, source_test), accuracy_of(after, source_test), len(source_test))
+    shared: dict[str, Any] = {"data": target, "seeds": seeds, "cache_dir": cache_dir, "jobs": jobs}
+    arms = standard_arms(str(unprotected), str(protected))
+    curves = sample_wise_learning_curves(arms, sample_sizes=sample_sizes, protocol=protocol, **shared)
+    return Measurement(
+        accuracy,
+        measure_sparsity(after, source_test, requested_sparsity),
+        curves,
+        scratch_convergence(arms[0], curves, protocol, shared),
+        protocol,
+    )
+
+
+def measure_sparsity(model: PreTrainedModel, source: PixelDataset, requested: float | None = None) -> SparsityReport:
+    """Count zeros over prunable and over live weights of a protected model."""
+    notes: dict[str, Any] = getattr(model.config, "ntp", None) or {}
+    weights = prunable_weights(model, notes.get("prune_include", ()), notes.get("prune_exclude", ()))
+    some = torch.utils.data.Subset(source, range(min(len(source), _LIVE_IMAGES)))
+    live: LiveWeights = live_weights(model, weights, DataLoader(some, 64, collate_fn=default_data_collator))
+    achieved = zero_fraction(list(weights.values()))
+    return SparsityReport(
+        requested=notes.get("requested_sparsity", achieved) if requested is None else requested,
+        achieved=achieved,
+        prunable_weights=sum(weight.numel() for weight in weights.values()),
+        live=live.sparsity,
+        live_fraction=live.fraction,
+    )
+
+
+def scratch_convergence(
+    scratch: Arm, curves: LearningCurves, protocol: FineTuneProtocol, shared: dict[str, Any]
+) -> ScratchConvergence:
+    """Train the scratch arm three times as long at the largest size: an under-trained baseline flatters every model.
+
+    Args:
+        scratch: The arm with ``random_init``.
+        curves: The curves to check.
+        protocol: How they were fitted.
+        shared: Other arguments of :func:`sample_wise_learning_curves`.
+    """
+    size = curves.sample_sizes[-1]
+    longer = replace(protocol, steps=3 * protocol.steps)
+    control = sample_wise_learning_curves([scratch], sample_sizes=[size], protocol=longer, **shared)
+    return ScratchConvergence(
+        sample_size=size,
+        steps=protocol.steps,
+        accuracy=float(np.mean([row[-1] for row in curves.accuracies["scratch"]])),
+        accuracy_3x=float(np.mean(control.accuracies["scratch"])),
+    )

@@ -1,0 +1,45 @@
+"""From learning curves to the figures that are reported."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..functional import confidence_interval, retained_transfer, slc_auc
+from .runner import LearningCurves
+
+
+def summarize(curves: LearningCurves, level: float = 0.95) -> dict[str, dict[str, Any]]:
+    """SLC-AUC of every arm against scratch, in three units with intervals over seeds.
+
+    Args:
+        curves: With an arm called "scratch".
+        level: Confidence of the two-sided t intervals.
+
+    Returns:
+        Arm name to ``{"nats", "decades", "normalized"}`` (means over seeds), ``"ci"`` (level and [low, high] per unit,
+        null with a single seed) and ``"seeds"`` (normalized area of every seed).
+    """
+    scratch = curves.accuracies["scratch"]
+    summary = {}
+    for name, accuracies in curves.accuracies.items():
+        if name == "scratch":
+            continue
+        areas = slc_auc(accuracies, scratch, curves.sample_sizes)
+        intervals = {unit: confidence_interval(values, level) for unit, values in areas._asdict().items()}
+        bounds = {unit: [_finite(i.low), _finite(i.high)] for unit, i in intervals.items()}
+        summary[name] = {
+            **{unit: interval.mean for unit, interval in intervals.items()},
+            "ci": {"level": level, **bounds},
+            "seeds": areas.normalized.tolist(),
+        }
+    return summary
+
+
+def retained(summary: dict[str, dict[str, Any]], arm: str) -> float | None:
+    """Retained transfer of an arm (share of the unprotected SLC-AUC), or None where there was nothing to retain."""
+    return _finite(retained_transfer(summary[arm]["normalized"], summary["unprotected"]["normalized"]))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

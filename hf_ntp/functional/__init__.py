@@ -1,0 +1,76 @@
+"""The mathematics: pure functions on tensors, no models, no data, no training."""
+
+from .admm import (
+    Residuals,
+    add_penalty_gradient_,
+    hard_anchor,
+    hard_dual,
+    penalty,
+    residuals,
+    soft_anchor,
+    soft_dual,
+)
+from .fisher import (
+    between_class_scatter,
+    class_means,
+    total_scatter,
+    trace_ratio,
+    whitened_discriminant,
+    within_class_scatter,
+)
+from .learning_curve import (
+    SLCAUC,
+    Interval,
+    check_sample_sizes,
+    confidence_interval,
+    retained_transfer,
+    slc_auc,
+)
+from .losses import clamped_ascent, uniform_cross_entropy
+from .proximal import (
+    apportion_zeros,
+    cardinality_mask,
+    cubic_sparsity,
+    global_cardinality_mask,
+    n_m_mask,
+    num_zeros,
+    project_cardinality,
+    project_global_cardinality,
+    project_n_m,
+    soft_threshold,
+)
+
+__all__ = [
+    "SLCAUC",
+    "Interval",
+    "Residuals",
+    "add_penalty_gradient_",
+    "apportion_zeros",
+    "between_class_scatter",
+    "cardinality_mask",
+    "check_sample_sizes",
+    "clamped_ascent",
+    "class_means",
+    "confidence_interval",
+    "cubic_sparsity",
+    "global_cardinality_mask",
+    "hard_anchor",
+    "hard_dual",
+    "n_m_mask",
+    "num_zeros",
+    "penalty",
+    "project_cardinality",
+    "project_global_cardinality",
+    "project_n_m",
+    "residuals",
+    "retained_transfer",
+    "slc_auc",
+    "soft_anchor",
+    "soft_dual",
+    "soft_threshold",
+    "total_scatter",
+    "trace_ratio",
+    "uniform_cross_entropy",
+    "whitened_discriminant",
+    "within_class_scatter",
+]

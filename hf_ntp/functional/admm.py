@@ -1,0 +1,84 @@
+"""ADMM with scaled dual for ``min f(W) + g(Z)  subject to  W = Z``  (NTP, ECCV 2024, section 3).
+
+    W-step   gradient steps on f(W) + (rho/2) ||W - Z + U||^2
+    Z-step   Z = prox_{g/rho}(W + U)
+    U-step   U = U + W - Z
+
+**One tensor instead of two.** With X = W + U before the Z-step, Moreau's identity gives Z = prox(X) and the new
+U = X - prox(X), so Z and U need not both be stored. The W-step only needs the *anchor* V = Z - U = 2 prox(X) - X,
+because the penalty's gradient is rho (W - V).
+
+* Hard projections (magnitude): V equals X where an entry is kept and -X where it is pruned. |V| = |X|, so projecting
+  V again gives the very same mask back; storing V is enough.
+* Soft threshold: V cannot be inverted, so X is stored and V computed from it when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Residuals(NamedTuple):
+    """Convergence measures of ADMM, summed over all weights (scalars)."""
+
+    primal: Tensor
+    """``||W - Z||``: how far the weights are from their sparse copy."""
+    dual: Tensor
+    """``rho * ||Z - Z_previous||``: how far the sparse copy still moves."""
+
+
+def penalty(weight: Tensor, anchor: Tensor, rho: float) -> Tensor:
+    """Augmented Lagrangian term ``(rho / 2) * ||W - Z + U||^2`` (squared Frobenius norm), a scalar.
+
+    Args:
+        weight: W, any shape.
+        anchor: V = Z - U, same shape.
+        rho: Penalty parameter, >= 0.
+    """
+    return 0.5 * rho * (weight - anchor).square().sum()
+
+
+def add_penalty_gradient_(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor], anchors: Sequence[Tensor], rho: float
+) -> None:
+    """Add ``rho * (W - V)``, the gradient of :func:`penalty`, to ``gradients`` in place, without autograd."""
+    torch._foreach_add_(gradients, weights, alpha=rho)
+    torch._foreach_add_(gradients, anchors, alpha=-rho)
+
+
+def hard_anchor(x: Tensor, mask: Tensor) -> Tensor:
+    """V = 2 Z - X for the projection Z = X * mask: X where kept, -X where pruned."""
+    return torch.where(mask, x, -x)
+
+
+def hard_dual(anchor: Tensor, mask: Tensor) -> Tensor:
+    """U = X - Z recovered from the stored anchor: 0 where kept, -V where pruned."""
+    return torch.where(mask, 0, -anchor)
+
+
+def soft_anchor(x: Tensor, threshold: float) -> Tensor:
+    """V = 2 Z - X for Z = soft_threshold(X)."""
+    return x - 2 * x.clamp(-threshold, threshold)
+
+
+def soft_dual(x: Tensor, threshold: float) -> Tensor:
+    """U = X - Z for Z = soft_threshold(X): the clipped part of X."""
+    return x.clamp(-threshold, threshold)
+
+
+def residuals(weights: Sequence[Tensor], new: Sequence[Tensor], old: Sequence[Tensor], rho: float) -> Residuals:
+    """Primal and dual residuals after a Z-step.
+
+    Args:
+        weights: W of every layer.
+        new: Z after the step.
+        old: Z before the step.
+        rho: Penalty parameter.
+    """
+    primal = sum((w - z).square().sum() for w, z in zip(weights, new, strict=True))
+    dual = sum((z - z_old).square().sum() for z, z_old in zip(new, old, strict=True))
+    return Residuals(torch.as_tensor(primal).sqrt(), rho * torch.as_tensor(dual).sqrt())

@@ -1,0 +1,111 @@
+"""Fisher discriminant of a batch of features: how separable the classes are (NTP, ECCV 2024, section 3).
+
+Scatter matrices are normalised by the number of samples, so that S_W + S_B = S_T, the covariance. Classes without
+a sample in the batch take no part; a class with one sample adds nothing to S_W.
+
+Both criteria are regularised relative to the *total* scatter: this keeps them invariant under translation, rotation
+and rescaling of the features, and finite when every class has a single sample (S_W = 0).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def class_means(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Mean feature and number of samples of every class.
+
+    Args:
+        features: [N, D].
+        labels: [N], integers in [0, num_classes).
+        num_classes: K, including classes that this batch lacks.
+
+    Returns:
+        Means [K, D] (zero where a class is absent; weigh by the counts) and counts [K].
+    """
+    counts = features.new_zeros(num_classes).index_add(0, labels, features.new_ones(len(labels)))
+    sums = features.new_zeros(num_classes, features.shape[1]).index_add(0, labels, features)
+    return sums / counts.clamp(min=1).unsqueeze(1), counts
+
+
+def _deviations(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return [N, D] deviations within classes and [K, D] root-weighted deviations of the class means, over sqrt(N)."""
+    size = len(features)
+    if size == 0 or features.dim() != 2 or labels.shape != (size,):
+        raise ValueError(
+            f"features have shape {tuple(features.shape)} and labels {tuple(labels.shape)}; "
+            "needed: [N, D] and [N] with N >= 1. Pool the features to one vector per sample first."
+        )
+    means, counts = class_means(features, labels, num_classes)
+    within = (features - means[labels]) / size**0.5
+    # The square root is taken of counts, not of learnt values: absent classes give 0 with no gradient.
+    between = (means - features.mean(0)) * (counts / size).sqrt().unsqueeze(1)
+    return within, between
+
+
+def within_class_scatter(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """S_W = (1/N) sum_i (x_i - mean_{y_i})(x_i - mean_{y_i})^T, shape [D, D]."""
+    within, _ = _deviations(features, labels, num_classes)
+    return within.T @ within
+
+
+def between_class_scatter(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """S_B = (1/N) sum_c n_c (mean_c - mean)(mean_c - mean)^T, shape [D, D]."""
+    _, between = _deviations(features, labels, num_classes)
+    return between.T @ between
+
+
+def trace_ratio(features: Tensor, labels: Tensor, num_classes: int, shrinkage: float = 1e-3) -> Tensor:
+    """Fisher's trace ratio ``tr(S_B) / (tr(S_W) + shrinkage * tr(S_T))``, a scalar in [0, 1 / shrinkage].
+
+    With ``shrinkage=0`` it is the published ``tr(S_B) / tr(S_W)``. The traces are computed without the matrices.
+
+    Args:
+        features: [N, D]; computed in float32 whatever their type.
+        labels: [N], integers in [0, num_classes).
+        num_classes: Number of classes K.
+        shrinkage: Share of the total scatter added to the denominator, >= 0.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    within, between = (part.square().sum() for part in _deviations(features.float(), labels, num_classes))
+    tiny = torch.finfo(within.dtype).tiny
+    return between / (within + shrinkage * (within + between) + tiny)
+
+
+def whitened_discriminant(features: Tensor, labels: Tensor, num_classes: int, shrinkage: float = 0.1) -> Tensor:
+    """Whitened Fisher criterion ``tr(((1 - g) S_W + g tr(S_T)/D I)^-1 S_B)`` with shrinkage g, a scalar >= 0.
+
+    Unlike the trace ratio it cannot be lowered by inflating the within-class scatter along directions that carry no
+    class information.
+
+    Args:
+        features: [N, D]; computed in float32 whatever their type.
+        labels: [N], integers in [0, num_classes).
+        num_classes: Number of classes K.
+        shrinkage: g in [0, 1]; 0 gives ``tr(S_W^-1 S_B)``, which needs a non-singular S_W.
+
+    Raises:
+        ValueError: If the shapes do not fit or the shrinkage lies outside [0, 1].
+    """
+    if not 0 <= shrinkage <= 1:
+        raise ValueError(f"shrinkage is {shrinkage}; needed: a value in [0, 1].")
+    within, between = _deviations(features.float(), labels, num_classes)
+    dim = features.shape[1]
+    total = within.square().sum() + between.square().sum()
+    ridge = shrinkage * total / dim + torch.finfo(total.dtype).tiny
+    scatter = (1 - shrinkage) * within.T @ within + ridge * torch.eye(dim, device=total.device)
+    factor, _ = torch.linalg.cholesky_ex(scatter)
+    return torch.linalg.solve_triangular(factor, between.T, upper=False).square().sum()
+
+
+def total_scatter(features: Tensor) -> Tensor:
+    """tr(S_T): mean squared distance of the vectors to their mean, a scalar; leading axes are all samples.
+
+    Args:
+        features: [..., D].
+    """
+    flat = features.flatten(0, -2).float()
+    return (flat - flat.mean(0)).square().sum() / len(flat)

@@ -1,0 +1,230 @@
+"""What the library needs to know of a `transformers` vision model: its head, its features, its prunable weights.
+
+Rules instead of a table of architectures; a model that the rules do not fit gets an error that says what to name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+
+_PRUNABLE_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def find_head(model: PreTrainedModel, head_name: str | None = None) -> tuple[str, nn.Linear]:
+    """Find the classification head: the one ``nn.Linear`` outside the base model with ``num_labels`` outputs.
+
+    Args:
+        model: Any model with an image-classification head.
+        head_name: Dotted module name, where the rule is ambiguous.
+
+    Returns:
+        The head's dotted name and module.
+
+    Raises:
+        ValueError: If there is no such layer or more than one.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if head_name is not None:
+        if head_name not in linears:
+            raise ValueError(
+                f"head_name is {head_name!r}; needed: the dotted name of an nn.Linear of {type(model).__name__}. "
+                f"The last ones are {list(linears)[-5:]}."
+            )
+        return head_name, linears[head_name]
+    body = f"{model.base_model_prefix}."
+    heads = [
+        name
+        for name, module in linears.items()
+        if module.out_features == model.config.num_labels and not name.startswith(body)
+    ]
+    if len(heads) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(heads)} linear layers with num_labels={model.config.num_labels} outputs "
+            f"outside its base model ({heads}); needed: exactly one classification head. Load the checkpoint with "
+            "AutoModelForImageClassification, or name the layer with head_name."
+        )
+    return heads[0], linears[heads[0]]
+
+
+def replace_head(
+    model: PreTrainedModel, labels: int | Sequence[str], generator: torch.Generator | None = None
+) -> None:
+    """Put a fresh linear head on the encoder, in place.
+
+    Weights are drawn from N(0, initializer_range), as `transformers` does; the bias is zero.
+
+    Args:
+        model: Any model that :func:`find_head` understands.
+        labels: Number or names of the classes of the new task.
+        generator: Source of randomness, for reproducible heads.
+    """
+    name, old = find_head(model)
+    num_labels = labels if isinstance(labels, int) else len(labels)
+    head = nn.Linear(old.in_features, num_labels, device=old.weight.device, dtype=old.weight.dtype)
+    nn.init.normal_(head.weight, std=getattr(model.config, "initializer_range", 0.02), generator=generator)
+    nn.init.zeros_(head.bias)
+    model.set_submodule(name, head)
+    model.config.num_labels = model.num_labels = num_labels
+    if not isinstance(labels, int):
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: i for i, label in enumerate(labels)}
+
+
+def prunable_weights(
+    model: PreTrainedModel,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    head_name: str | None = None,
+) -> dict[str, nn.Parameter]:
+    """Weights that pruning may touch: those of linear and convolutional layers of the encoder.
+
+    Biases, norms, embeddings (any module with "embed" in its name, a ConvNet's stem included) and the head stay dense
+    unless ``include`` names them.
+
+    Args:
+        model: Any model that :func:`find_head` understands.
+        include: Regular expressions; parameters whose name matches (``re.search``) are pruned as well.
+        exclude: Regular expressions; parameters whose name matches are not pruned, whatever the rest says.
+        head_name: See :func:`find_head`.
+
+    Returns:
+        Parameters by name, in the model's order.
+
+    Raises:
+        ValueError: If nothing is left to prune.
+    """
+    head, _ = find_head(model, head_name)
+    default = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, _PRUNABLE_MODULES) and "embed" not in name and name != head
+    }
+    chosen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and (name in default or any(re.search(pattern, name) for pattern in include))
+        and not any(re.search(pattern, name) for pattern in exclude)
+    }
+    if not chosen:
+        raise ValueError(
+            f"{type(model).__name__} has no prunable weight left (include={list(include)}, exclude={list(exclude)}); "
+            "needed: trainable linear or convolutional layers in the encoder. Loosen prune_exclude or unfreeze layers."
+        )
+    return chosen
+
+
+def zero_fraction(weights: Sequence[Tensor]) -> float:
+    """Sparsity: the share of exact zeros among all entries of ``weights``."""
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    return zeros / sum(weight.numel() for weight in weights)
+
+
+class FeatureTap:
+    """Records what enters the classification head, [N, D], on every forward pass, differentiable.
+
+    A forward pre-hook on the head gives the pooled features of any architecture without knowing its pooling.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        self._features: Tensor | None = None
+        self._handle = head.register_forward_pre_hook(self._record)
+
+    def _record(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._features = args[0]
+
+    def take(self) -> Tensor:
+        """Return the features of the last forward pass and forget them, so that no graph is kept alive."""
+        if self._features is None:
+            raise RuntimeError("no features recorded: run the model forward before taking its features.")
+        features, self._features = self._features, None
+        return features
+
+    def close(self) -> None:
+        """Remove the hook."""
+        self._handle.remove()
+
+
+def stage_features(hidden_states: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    """Mean output of every block: over tokens for [N, T, D], over positions for [N, D, H, W].
+
+    Args:
+        hidden_states: What a model returns with ``output_hidden_states=True``; the first one, the embeddings, is
+            left out.
+
+    Raises:
+        ValueError: If the model returns none.
+    """
+    if not hidden_states:
+        raise ValueError(
+            "the model returns no hidden_states; needed: the output of every block for fisher_level='stages'. Use "
+            "fisher_level='pooled', or a model that supports output_hidden_states=True."
+        )
+    return tuple(state.mean((2, 3)) if state.dim() == 4 else state.mean(1) for state in hidden_states[1:])
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether any layer keeps running statistics of its batches."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+@contextmanager
+def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
+    """Normalise with batch statistics as in training, but leave the running statistics as they are.
+
+    Unauthorized data must not leak into the statistics that the published model uses in eval mode.
+    """
+    tracking = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    for module in tracking:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+
+
+class LiveWeights(NamedTuple):
+    """How much of the pruning is real: weights that get no gradient cost nothing to remove."""
+
+    fraction: float
+    """Share of the prunable weights that get any gradient."""
+    sparsity: float
+    """Share of zeros among those."""
+
+
+def live_weights(
+    model: PreTrainedModel, weights: Mapping[str, nn.Parameter], batches: Iterable[Mapping[str, Tensor]]
+) -> LiveWeights:
+    """Sparsity over the weights that receive a gradient of the classification loss, in eval mode.
+
+    A 3x3 kernel that only ever sees a 1x1 map, for example, has eight weights that never get a gradient.
+
+    Args:
+        model: Model with a classification head.
+        weights: Prunable weights, as :func:`prunable_weights` gives them.
+        batches: "pixel_values" and "labels"; a few hundred images are enough. Gradients are left empty.
+    """
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    for batch in batches:
+        logits = model(pixel_values=batch["pixel_values"].to(model.device)).logits
+        functional.cross_entropy(logits, batch["labels"].to(model.device)).backward()
+    live = zeros = total = 0
+    for weight in weights.values():
+        total += weight.numel()
+        if weight.grad is not None:
+            alive = weight.grad != 0
+            live += int(alive.sum())
+            zeros += int((alive & (weight == 0)).sum())
+    model.zero_grad(set_to_none=True)
+    return LiveWeights(live / total, zeros / max(live, 1))

@@ -1,0 +1,1 @@
+"""Publishing: results, authorization record, figure and model card (import names from ``hf_ntp``)."""

@@ -1,0 +1,1 @@
+"""Training: configuration, objective, pruning and the Trainer that composes them (import names from ``hf_ntp``)."""

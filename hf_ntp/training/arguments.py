@@ -1,0 +1,119 @@
+"""Options of the method itself. No heavy imports: command lines build their help from this file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ProtectionArguments:
+    """Options of Non-Transferable Pruning, next to those of `transformers.TrainingArguments`."""
+
+    sparsity: float = field(
+        default=0.7, metadata={"help": "Fraction of zeros among the prunable weights at the end, in [0, 1)."}
+    )
+    prune_pattern: str = field(
+        default="layer",
+        metadata={
+            "help": "Which weights go: 'layer' (smallest of every layer), 'global' (smallest of all), 'N:M' such as "
+            "'2:4', or 'l1' (soft threshold while training, as published; smallest of every layer at the end)."
+        },
+    )
+    prune_include: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Regular expressions of parameters to prune besides linear and convolutional weights."},
+    )
+    prune_exclude: list[str] = field(
+        default_factory=list, metadata={"help": "Regular expressions of parameters to keep dense."}
+    )
+    head_name: str | None = field(
+        default=None, metadata={"help": "Dotted name of the classification head, where it cannot be found by rule."}
+    )
+    rho: float = field(default=0.05, metadata={"help": "ADMM penalty parameter, > 0."})
+    l1_weight: float = field(default=1e-4, metadata={"help": "Weight of the L1 norm for prune_pattern='l1', > 0."})
+    admm_interval: int = field(default=10, metadata={"help": "Optimizer steps between two Z-steps, >= 1."})
+    pruning_begin: float = field(default=0.0, metadata={"help": "Share of all steps after which pruning begins."})
+    pruning_end: float = field(
+        default=0.6, metadata={"help": "Share of all steps after which the mask is fixed; the rest is repair."}
+    )
+    target_loss: str = field(
+        default="uniform",
+        metadata={
+            "help": "Non-transferable loss on the simulated attacker's head: 'uniform' (cross-entropy to uniform, no "
+            "dead zone) or 'ascent' (its cross-entropy is raised up to target_bound, as published)."
+        },
+    )
+    target_weight: float = field(default=0.1, metadata={"help": "Weight alpha of the non-transferable loss, >= 0."})
+    target_bound: float | None = field(
+        default=None, metadata={"help": "Bound beta of target_loss='ascent', nats; default log(target classes)."}
+    )
+    target_head_steps: int = field(
+        default=2, metadata={"help": "Adam steps that refit the simulated attacker's head before every step, >= 1."}
+    )
+    target_head_learning_rate: float = field(default=1e-2, metadata={"help": "Adam's rate for that head, > 0."})
+    fisher: str = field(
+        default="whitened",
+        metadata={"help": "Fisher-space regularization of target features: 'trace_ratio' or 'whitened'."},
+    )
+    fisher_level: str = field(
+        default="stages",
+        metadata={
+            "help": "Where the Fisher term acts: 'pooled' (features that enter the head, as published) or 'stages' "
+            "(these and the mean output of every block)."
+        },
+    )
+    fisher_weight: float = field(default=0.3, metadata={"help": "Weight lambda of the Fisher term, >= 0."})
+    fisher_shrinkage: float = field(
+        default=0.1, metadata={"help": "Share of the total scatter that regularises the Fisher term, in [0, 1]."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check every option, alone and together.
+
+        Raises:
+            ValueError: With the value found, what is needed and how to fix it.
+        """
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity is {self.sparsity}; needed: a fraction of zeros in [0, 1), such as 0.7.")
+        for name in ("rho", "l1_weight", "target_head_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; needed: a positive number.")
+        for name in ("target_weight", "fisher_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; needed: 0 (off) or a positive number.")
+        for name in ("admm_interval", "target_head_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; needed: an integer >= 1.")
+        for name, words in (
+            ("target_loss", ("uniform", "ascent")),
+            ("fisher", ("trace_ratio", "whitened")),
+            ("fisher_level", ("pooled", "stages")),
+        ):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; needed: one of {', '.join(map(repr, words))}.")
+        if self.target_bound is not None and self.target_bound <= 0:
+            raise ValueError(f"target_bound is {self.target_bound}; needed: a positive number of nats, or null.")
+        if not 0 <= self.fisher_shrinkage <= 1:
+            raise ValueError(f"fisher_shrinkage is {self.fisher_shrinkage}; needed: a value in [0, 1].")
+        if not 0 <= self.pruning_begin < self.pruning_end <= 1:
+            raise ValueError(
+                f"pruning_begin is {self.pruning_begin} and pruning_end is {self.pruning_end}; needed: "
+                "0 <= pruning_begin < pruning_end <= 1, shares of all optimizer steps."
+            )
+        self._check_pattern()
+
+    def _check_pattern(self) -> None:
+        if self.prune_pattern in ("layer", "global", "l1"):
+            return
+        n, _, m = self.prune_pattern.partition(":")
+        if not (n.isdigit() and m.isdigit() and 0 < int(n) <= int(m)):
+            raise ValueError(
+                f"prune_pattern is {self.prune_pattern!r}; needed: 'layer', 'global', 'l1', or 'N:M' with "
+                "0 < N <= M, such as '2:4'."
+            )
+        implied = 1 - int(n) / int(m)
+        if abs(self.sparsity - implied) > 1e-9:
+            raise ValueError(
+                f"prune_pattern {self.prune_pattern!r} leaves {implied:g} zeros but sparsity is {self.sparsity}; "
+                f"needed: the same. Set sparsity={implied:g}."
+            )

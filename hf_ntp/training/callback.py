@@ -1,0 +1,41 @@
+"""When the pruning happens: a callback that only calls the trainer's pruner."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from .trainer import NTPTrainer
+
+
+class PruningCallback(TrainerCallback):
+    """Delegates Trainer's events to :class:`~hf_ntp.NTPTrainer`: epoch order, ADMM penalty, Z-steps, mask."""
+
+    def __init__(self, trainer: NTPTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the sampler which epoch's order to give."""
+        self.trainer.paired_sampler.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the penalty's gradient, after clipping: the clip is for the task's gradient."""
+        self.trainer.pruner.add_penalty_gradient()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance pruning; ``global_step`` does not count this step yet."""
+        self.trainer.advance_pruning(state.global_step + 1, state.max_steps)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make sure the sparsity is reached even when training was stopped early."""
+        self.trainer.complete_pruning()

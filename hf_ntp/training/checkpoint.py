@@ -1,0 +1,68 @@
+"""What a checkpoint of a protection run holds besides Trainer's own files, and how it is read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..run_folder import differences
+from .pruning import ADMMPruner
+from .target_head import TargetHead
+
+TENSORS_FILE = "ntp_state.safetensors"
+SCALARS_FILE = "ntp_state.json"
+
+
+def save_state(folder: Path, pruner: ADMMPruner, heads: Mapping[str, TargetHead], settings: Mapping[str, Any]) -> None:
+    """Write ADMM state, simulated attackers' heads and the settings of the run into a checkpoint folder."""
+    groups = {"pruner": pruner.tensors()} | {f"head:{name}": head.tensors() for name, head in heads.items()}
+    tensors = {f"{group}/{name}": tensor for group, part in groups.items() for name, tensor in part.items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS_FILE)
+    (folder / SCALARS_FILE).write_text(json.dumps({"pruner": pruner.scalars(), "settings": settings}, indent=2))
+
+
+def load_state(folder: Path, pruner: ADMMPruner, heads: Mapping[str, TargetHead], settings: Mapping[str, Any]) -> None:
+    """Restore what :func:`save_state` wrote.
+
+    Raises:
+        FileNotFoundError: If the folder is not a checkpoint of a protection run.
+        ValueError: If it was written under other settings, data or weights.
+    """
+    scalars_path = folder / SCALARS_FILE
+    if not scalars_path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {SCALARS_FILE}: it is not a checkpoint of NTPTrainer. Pass a checkpoint-N folder that a "
+            "protection run wrote, or start anew without resume_from_checkpoint."
+        )
+    scalars = json.loads(scalars_path.read_text())
+    _require_same(scalars["settings"], settings, folder)
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(folder / TENSORS_FILE).items():
+        group, _, key = name.partition("/")
+        groups.setdefault(group, {})[key] = tensor
+    pruner.load(groups.get("pruner", {}), scalars["pruner"])
+    for name, head in heads.items():
+        head.load(groups[f"head:{name}"])
+
+
+def _require_same(found: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> None:
+    if differing := differences(found, needed):
+        raise ValueError(
+            f"{folder} was written under other settings ({'; '.join(differing[:8])}); needed: the same, or the run "
+            "could not end as if it had not been interrupted. Restore them, or start anew in another output_dir."
+        )
+
+
+def load_weights_strictly(model: PreTrainedModel, folder: str) -> None:
+    """Load a checkpoint's weights into ``model`` in place, every tensor accounted for.
+
+    Trainer loads with ``strict=False`` and without key conversion: for ViT and many others nothing would be restored.
+    """
+    saved = type(model).from_pretrained(folder, torch_dtype=model.dtype)
+    model.load_state_dict(saved.state_dict(), strict=True)

@@ -1,0 +1,61 @@
+"""`NTPConfig`: everything that determines a protection run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .arguments import ProtectionArguments
+
+# What may differ between a run and its continuation without changing the result.
+_FREE = {
+    "output_dir", "logging_dir", "run_name", "disable_tqdm", "report_to", "project", "trackio_space_id", "log_level",
+    "log_level_replica", "logging_steps", "logging_strategy", "logging_first_step", "log_on_each_node", "save_steps",
+    "save_strategy", "save_total_limit", "save_only_model", "eval_steps", "eval_strategy", "eval_on_start",
+    "per_device_eval_batch_size", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_strategy",
+    "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "dataloader_num_workers", "local_rank",
+}  # fmt: skip
+
+
+@dataclass
+class NTPConfig(ProtectionArguments, TrainingArguments):
+    """Configuration of :class:`~hf_ntp.NTPTrainer`: `TrainingArguments` and the options of the method.
+
+    Defaults that differ from `TrainingArguments`: ``learning_rate`` 1e-3 (as published),
+    ``remove_unused_columns`` False (batches hold two domains), ``per_device_train_batch_size`` 32 (source images per
+    step; as many of every target come on top), ``dataloader_pin_memory`` False. ``weight_decay`` never acts on
+    prunable weights while ADMM does.
+
+    Raises:
+        ValueError: If an option, or a combination, makes no sense; see :class:`ProtectionArguments`.
+    """
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of the optimizer."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Has to stay off: a batch holds source and target images."}
+    )
+    per_device_train_batch_size: int = field(
+        default=32, metadata={"help": "Source images per device and step; every target adds as many."}
+    )
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin memory of data loaders."})
+
+    def __post_init__(self) -> None:
+        """Check the method's options, then let `TrainingArguments` check its own."""
+        ProtectionArguments.__post_init__(self)
+        TrainingArguments.__post_init__(self)
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns is True; needed: False, or the target half of every batch would be dropped."
+            )
+        if self.fp16 and self.max_grad_norm == 0:
+            raise ValueError(
+                "fp16 is on and max_grad_norm is 0: gradients are still scaled when the ADMM penalty is added. "
+                "Use bf16, or a positive max_grad_norm."
+            )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON-ready options that determine the result; a checkpoint resumes only under the same ones."""
+        everything = self.to_dict()
+        return {f.name: everything[f.name] for f in fields(self) if f.name in everything and f.name not in _FREE}

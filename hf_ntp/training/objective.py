@@ -1,0 +1,82 @@
+"""The objective on one batch: authorized loss, non-transferable loss and Fisher term (NTP, ECCV 2024, section 3).
+
+L = L_S  +  alpha * L_N  +  lambda * R_F          (the ADMM penalty joins as a gradient, see `pruning.py`)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..functional import clamped_ascent, trace_ratio, uniform_cross_entropy, whitened_discriminant
+from .arguments import ProtectionArguments
+from .target_head import TargetHead
+
+_FISHER = {"trace_ratio": trace_ratio, "whitened": whitened_discriminant}
+
+
+class TargetBatch(NamedTuple):
+    """One unauthorized domain's part of a batch."""
+
+    features: Tensor
+    """What enters the head, [N, D]."""
+    stages: tuple[Tensor, ...]
+    """Mean output of every block, [N, D_i] each; empty at ``fisher_level="pooled"``."""
+    labels: Tensor
+    """[N]."""
+
+
+def non_transferable_loss(logits: Tensor, labels: Tensor, options: ProtectionArguments) -> tuple[Tensor, Tensor]:
+    """Return the loss to minimise and the attacker's own cross-entropy (detached), both scalars in nats.
+
+    Args:
+        logits: Output of the simulated attacker's head, [N, K].
+        labels: [N].
+        options: ``target_loss`` and ``target_bound``.
+    """
+    attacker = F.cross_entropy(logits, labels)
+    if options.target_loss == "uniform":
+        return uniform_cross_entropy(logits), attacker.detach()
+    bound = options.target_bound or math.log(logits.shape[-1])
+    return clamped_ascent(attacker, bound), attacker.detach()
+
+
+def fisher_term(batch: TargetBatch, num_classes: int, options: ProtectionArguments) -> Tensor:
+    """Fisher criterion of the target features, averaged over the levels it acts on: a scalar to be minimised.
+
+    With the stages, class information cannot survive inside the encoder where fine-tuning would bring it out again.
+    """
+    criterion = _FISHER[options.fisher]
+    levels = (*batch.stages, batch.features)
+    terms = [criterion(level, batch.labels, num_classes, options.fisher_shrinkage) for level in levels]
+    return torch.stack(terms).mean()
+
+
+def target_terms(
+    batches: Mapping[str, TargetBatch], heads: Mapping[str, TargetHead], options: ProtectionArguments
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Refit the heads and compute what is added to the source loss, averaged over the unauthorized domains.
+
+    Returns:
+        The weighted sum to minimise and the single terms for the log (detached scalars).
+    """
+    total, log = torch.zeros(()), {}
+    for name, batch in batches.items():
+        head = heads[name]
+        head.refit(batch.features, batch.labels, options.target_head_steps)
+        loss, attacker = non_transferable_loss(head(batch.features), batch.labels, options)
+        fisher = fisher_term(batch, head.linear.out_features, options)
+        weighted = options.target_weight * loss + options.fisher_weight * fisher
+        total = total.to(weighted.device) + weighted / len(batches)
+        suffix = f"_{name}" if len(batches) > 1 else ""
+        log |= {
+            f"target_loss{suffix}": attacker,
+            f"non_transferable_loss{suffix}": loss.detach(),
+            f"fisher_loss{suffix}": fisher.detach(),
+        }
+    return total, log

@@ -1,0 +1,127 @@
+"""Batches that hold authorized and unauthorized images side by side, in an order that can be resumed exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from transformers import default_data_collator
+
+Index = tuple[int, int, tuple[int, ...]]
+Transform = Callable[[Tensor, np.random.Generator], Tensor]
+
+
+class PairedDataset(Dataset):
+    """Map-style dataset whose index names the epoch, one source row and one row of every target.
+
+    One dataset with explicit indices is what makes an interrupted run resume bit for bit: two data loaders, or a
+    dataset with an epoch of its own, do not survive a restart.
+
+    Args:
+        source: Authorized data; items are dicts with "pixel_values" and "labels".
+        targets: Unauthorized data by domain name, same items.
+        source_transform: Augmentation of source batches; its randomness is seeded by epoch and row, not by history.
+        seed: Seed of the run.
+    """
+
+    def __init__(
+        self,
+        source: Dataset,
+        targets: Mapping[str, Dataset],
+        source_transform: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.source = source
+        self.targets = dict(targets)
+        self.source_transform = source_transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return _length(self.source)
+
+    def __getitem__(self, index: Index) -> dict[str, Any]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[Index]) -> dict[str, Any]:
+        """Return a collated batch: "pixel_values", "labels" and the same two under "targets" for every domain."""
+        epoch, first, _ = indices[0]
+        batch = default_data_collator(_rows(self.source, [source for _, source, _ in indices]))
+        if self.source_transform is not None:
+            rng = np.random.default_rng([self.seed, epoch, first])
+            batch["pixel_values"] = self.source_transform(batch["pixel_values"], rng)
+        batch["targets"] = {
+            name: default_data_collator(_rows(dataset, [targets[i] for _, _, targets in indices]))
+            for i, (name, dataset) in enumerate(self.targets.items())
+        }
+        return batch
+
+
+def collate(rows: Any) -> dict[str, Any]:
+    """Pass a batch of :class:`PairedDataset` on; collate rows of an ordinary (evaluation) dataset."""
+    return rows if isinstance(rows, dict) else default_data_collator(rows)
+
+
+class PairedSampler(Sampler[Index]):
+    """Order of an epoch: every source row once, beside as many rows of each target, all shuffled.
+
+    The order depends on (seed, epoch) alone, so all ranks agree and a resumed epoch continues where it stopped.
+    Targets smaller than the source are gone through several times, each time in a new order.
+
+    Args:
+        source_size: Rows of the source.
+        target_sizes: Rows of every target.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, source_size: int, target_sizes: Sequence[int], seed: int) -> None:
+        self.source_size = source_size
+        self.target_sizes = list(target_sizes)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.source_size
+
+    def __iter__(self) -> Iterator[Index]:
+        columns = [
+            _shuffled(size, self.source_size, np.random.default_rng([self.seed, self.epoch, stream]))
+            for stream, size in enumerate([self.source_size, *self.target_sizes])
+        ]
+        for source, *targets in zip(*columns, strict=True):
+            yield self.epoch, int(source), tuple(int(index) for index in targets)
+
+
+def _shuffled(size: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """Return ``length`` indices below ``size``: whole permutations one after another, the last one cut."""
+    rounds = -(-length // size)
+    return np.concatenate([rng.permutation(size) for _ in range(rounds)])[:length]
+
+
+def _rows(dataset: Dataset, indices: list[int]) -> list[dict[str, Tensor]]:
+    fetch = getattr(dataset, "__getitems__", None)
+    return fetch(indices) if fetch else [dataset[index] for index in indices]
+
+
+def _length(dataset: Dataset) -> int:
+    if not isinstance(dataset, Sized):
+        raise TypeError(
+            f"{type(dataset).__name__} has no length; needed: a map-style dataset. Streams cannot be resumed exactly: "
+            "download the split, or take a part of it with IterableDataset.take and Dataset.from_list."
+        )
+    return len(dataset)
+
+
+def labels_of(dataset: Dataset) -> Tensor:
+    """All labels of a dataset, [N] int64: its ``labels`` attribute where there is one, else read row by row."""
+    labels = getattr(dataset, "labels", None)
+    if labels is None:
+        labels = [int(dataset[i]["labels"]) for i in range(_length(dataset))]
+    return torch.as_tensor(np.asarray(labels), dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""Card template and rendered examples; installed as `hf_ntp.model_cards`."""
