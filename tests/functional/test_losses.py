@@ -1,0 +1,42 @@
+import math
+
+import pytest
+import torch
+
+from hf_ntp.functional import clamped_ascent, uniform_cross_entropy
+
+
+def test_clamped_ascent_by_hand():
+    loss = torch.tensor([1.5, 3.0], requires_grad=True)
+    assert [float(clamped_ascent(part, 2.0)) for part in loss] == [-1.5, -2.0]
+    clamped_ascent(loss[0], 2.0).backward()
+    assert loss.grad.tolist() == [-1.0, 0.0]
+
+
+def test_clamped_ascent_has_a_dead_zone():
+    loss = torch.tensor(3.0, requires_grad=True)
+    clamped_ascent(loss, 2.0).backward()
+    assert float(loss.grad) == 0.0
+
+
+def test_clamped_ascent_rejects_a_bound_that_is_not_positive():
+    with pytest.raises(ValueError, match="bound is 0"):
+        clamped_ascent(torch.tensor(1.0), 0.0)
+
+
+def test_uniform_cross_entropy_by_hand():
+    # Softmax of [log 3, 0] is (3/4, 1/4): KL(uniform || p) = log(1/2) - (log 3/4 + log 1/4) / 2 = 0.1438.
+    logits = torch.tensor([[math.log(3.0), 0.0]])
+    expected = math.log(0.5) - (math.log(0.75) + math.log(0.25)) / 2
+    assert float(uniform_cross_entropy(logits)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_uniform_cross_entropy_has_no_dead_zone():
+    for scale in (0.1, 1.0, 10.0):
+        logits = (scale * torch.tensor([[1.0, -2.0, 0.5]])).requires_grad_()
+        uniform_cross_entropy(logits).backward()
+        assert logits.grad.abs().sum() > 1e-3
+    level = torch.full((4, 3), 7.0, requires_grad=True)
+    uniform_cross_entropy(level).backward()
+    assert float(uniform_cross_entropy(level)) == pytest.approx(0.0, abs=1e-6)
+    assert level.grad.abs().max() < 1e-6
