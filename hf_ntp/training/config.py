@@ -44,16 +44,21 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
     def __post_init__(self) -> None:
         """Check the method's options, then let `TrainingArguments` check its own."""
         ProtectionArguments.__post_init__(self)
-        TrainingArguments.__post_init__(self)
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns is True; needed: False, or the target half of every batch would be dropped."
+            )
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end is True; needed: False. The checkpoint with the best source accuracy is often "
+                "one from before the mask was fixed; only the last weights have the sparsity and the protection."
             )
         if self.fp16 and self.max_grad_norm == 0:
             raise ValueError(
                 "fp16 is on and max_grad_norm is 0: gradients are still scaled when the ADMM penalty is added. "
                 "Use bf16, or a positive max_grad_norm."
             )
+        TrainingArguments.__post_init__(self)
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON-ready options that determine the result; a checkpoint resumes only under the same ones."""

@@ -77,7 +77,7 @@ class ADMMPruner:
         self.threshold = l1_weight / rho
         self.sparsity = 0.0
         self.finished = False
-        # Z = W and U = 0 at the start: anchor and W + U are both W.
+        # A first Z-step with U = 0: X = W; at sparsity 0 a hard projection leaves Z = W, and the anchor is W too.
         self.stored = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
     @property

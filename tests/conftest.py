@@ -1,0 +1,58 @@
+"""Small models and data that tests share; caches go to a temporary folder, threads to one core."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import datasets
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_datasets_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+class Rows(Dataset):
+    """Random images whose class shows as the brightness of a corner: learnable within a few steps."""
+
+    def __init__(self, size=48, classes=3, image_size=8, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = torch.arange(size) % classes
+        self.images = 0.3 * torch.randn(size, 3, image_size, image_size, generator=generator)
+        self.images[:, :, :4, :4] += self.labels[:, None, None, None].float() - 1
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.images[index], "labels": int(self.labels[index])}
+
+
+def tiny_vit(num_labels=3, seed=0, dropout=0.0, **options):
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_labels=num_labels,
+        hidden_dropout_prob=dropout,
+        **options,
+    )
+    return ViTForImageClassification(config)
+
+
+def tiny_resnet(num_labels=3, seed=0):
+    torch.manual_seed(seed)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=num_labels
+    )
+    return ResNetForImageClassification(config)

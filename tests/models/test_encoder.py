@@ -1,0 +1,124 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hf_ntp.models import (
+    FeatureTap,
+    find_head,
+    frozen_batch_norm_statistics,
+    has_batch_norm,
+    live_weights,
+    prunable_weights,
+    replace_head,
+    stage_features,
+    zero_fraction,
+)
+
+from ..conftest import tiny_resnet, tiny_vit
+
+
+def test_heads():
+    assert find_head(tiny_vit())[0] == "classifier"
+    assert find_head(tiny_resnet())[0] == "classifier.1"
+
+
+def test_head_by_name():
+    model = tiny_vit()
+    assert find_head(model, "classifier")[1] is model.classifier
+    with pytest.raises(ValueError, match="head_name is 'nowhere'"):
+        find_head(model, "nowhere")
+
+
+def test_a_model_without_a_head():
+    with pytest.raises(ValueError, match="has 0 linear layers with num_labels=3"):
+        find_head(tiny_vit().vit)
+
+
+def test_prunable_weights_leave_biases_norms_embeddings_and_head():
+    names = set(prunable_weights(tiny_vit()))
+    assert len(names) == 2 * 6
+    assert all(name.endswith(".weight") for name in names)
+    assert not any(word in name for name in names for word in ("embed", "norm", "classifier", "bias"))
+
+
+def test_prunable_weights_of_a_convnet_leave_the_stem():
+    names = set(prunable_weights(tiny_resnet()))
+    assert names
+    assert all("convolution.weight" in name and "embedder" not in name for name in names)
+
+
+def test_include_and_exclude():
+    model = tiny_vit()
+    assert "classifier.weight" in prunable_weights(model, include=["^classifier.weight$"])
+    assert not any("layers.0" in name for name in prunable_weights(model, exclude=[r"layers\.0\."]))
+    with pytest.raises(ValueError, match="no prunable weight left"):
+        prunable_weights(model, exclude=["."])
+
+
+def test_replace_head():
+    model = tiny_vit()
+    replace_head(model, ["a", "b", "c", "d", "e"], torch.Generator().manual_seed(0))
+    assert model(torch.zeros(2, 3, 8, 8)).logits.shape == (2, 5)
+    assert model.config.num_labels == 5
+    assert model.config.label2id["e"] == 4
+    other = tiny_vit(seed=9)
+    replace_head(other, 5, torch.Generator().manual_seed(0))
+    assert torch.equal(model.classifier.weight, other.classifier.weight)
+
+
+def test_zero_fraction_by_hand():
+    assert zero_fraction([torch.tensor([0.0, 1.0]), torch.tensor([[0.0, 0.0]])]) == 0.75
+
+
+@pytest.mark.parametrize(("make", "width"), [(tiny_vit, 16), (tiny_resnet, 16)])
+def test_features_of_head_and_stages(make, width):
+    model = make()
+    tap = FeatureTap(find_head(model)[1])
+    outputs = model(torch.randn(5, 3, 8, 8), output_hidden_states=True)
+    features = tap.take()
+    assert features.shape == (5, width)
+    assert torch.allclose(F.linear(features, *find_head(model)[1].parameters()), outputs.logits)
+    assert [tuple(stage.shape) for stage in stage_features(outputs.hidden_states)][-1] == (5, width)
+    with pytest.raises(RuntimeError, match="run the model forward"):
+        tap.take()
+
+
+def test_stage_features_of_a_model_that_gives_none():
+    with pytest.raises(ValueError, match="fisher_level='pooled'"):
+        stage_features(None)
+
+
+def test_batch_norm_statistics_stay_while_batches_are_normalised():
+    model = tiny_resnet().train()
+    assert has_batch_norm(model)
+    assert not has_batch_norm(tiny_vit())
+    images = 5 + torch.randn(8, 3, 8, 8)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with frozen_batch_norm_statistics(model):
+        frozen = model(images).logits
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert torch.equal(frozen, model(images).logits)
+    assert not all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_live_weights_by_hand():
+    # The second input is always 0: its column of the first layer gets no gradient.
+    class Toy(nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(2, 2, bias=False), nn.Linear(2, 2)
+
+        def forward(self, pixel_values):
+            return type("Output", (), {"logits": self.head(self.body(pixel_values))})
+
+    model = Toy()
+    with torch.no_grad():
+        model.body.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+    batch = {"pixel_values": torch.tensor([[1.0, 0.0], [2.0, 0.0]]), "labels": torch.tensor([0, 1])}
+    live = live_weights(model, {"body.weight": model.body.weight}, [batch])
+    assert live.fraction == 0.5
+    assert live.sparsity == 0.5
+    assert model.body.weight.grad is None

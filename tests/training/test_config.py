@@ -1,0 +1,50 @@
+import pytest
+
+from hf_ntp import NTPConfig
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("sparsity", 1.0, r"sparsity is 1.0; needed: a fraction of zeros in \[0, 1\)"),
+        ("sparsity", -0.1, "sparsity is -0.1"),
+        ("rho", -1.0, "rho is -1.0; needed: a positive number"),
+        ("rho", 0.0, "rho is 0.0"),
+        ("l1_weight", -1e-4, "l1_weight is"),
+        ("target_weight", -1.0, "target_weight is -1.0"),
+        ("fisher_weight", float("nan"), "fisher_weight is nan"),
+        ("admm_interval", 0, "admm_interval is 0"),
+        ("target_head_steps", 0, "target_head_steps is 0"),
+        ("target_loss", "descent", "target_loss is 'descent'; needed: one of 'uniform', 'ascent'"),
+        ("fisher", "lda", "fisher is 'lda'"),
+        ("fisher_level", "all", "fisher_level is 'all'"),
+        ("fisher_shrinkage", 2.0, "fisher_shrinkage is 2.0"),
+        ("target_bound", 0.0, "target_bound is 0.0"),
+        ("pruning_end", 0.0, "pruning_begin is 0.0 and pruning_end is 0.0"),
+        ("pruning_end", 1.5, "pruning_end is 1.5"),
+        ("prune_pattern", "rows", "prune_pattern is 'rows'"),
+        ("prune_pattern", "5:4", "0 < N <= M"),
+        ("prune_pattern", "1:4", "leaves 0.75 zeros but sparsity is 0.5"),
+        ("load_best_model_at_end", True, "load_best_model_at_end is True"),
+        ("remove_unused_columns", True, "remove_unused_columns is True"),
+    ],
+)
+def test_bad_options(tmp_path, option, value, message):
+    options = {"sparsity": 0.5, option: value}
+    with pytest.raises(ValueError, match=message):
+        NTPConfig(output_dir=str(tmp_path), report_to="none", **options)
+
+
+def test_every_option_has_help():
+    from hf_ntp.training.arguments import ProtectionArguments
+
+    assert all(field.metadata.get("help") for field in ProtectionArguments.__dataclass_fields__.values())
+
+
+def test_fingerprint_ignores_where_and_how_often_but_not_what(tmp_path):
+    def fingerprint(**options):
+        return NTPConfig(output_dir=str(tmp_path), report_to="none", **options).fingerprint()
+
+    assert fingerprint() == fingerprint(logging_steps=7, save_steps=3)
+    for option in ({"rho": 1.0}, {"seed": 3}, {"learning_rate": 0.1}, {"max_steps": 5}, {"sparsity": 0.1}):
+        assert fingerprint() != fingerprint(**option)

@@ -1,0 +1,273 @@
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import TrainerCallback
+
+from hf_ntp import NTPConfig, NTPTrainer
+from hf_ntp.functional import uniform_cross_entropy, whitened_discriminant
+from hf_ntp.models import zero_fraction
+
+from ..conftest import Rows, tiny_resnet, tiny_vit
+
+
+def trainer(folder, model=None, target=None, callbacks=None, source=None, evaluation=None, **options):
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 12,
+        "per_device_train_batch_size": 8,
+        "admm_interval": 2,
+        "logging_steps": 3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "sparsity": 0.6,
+    }
+    return NTPTrainer(
+        tiny_vit() if model is None else model,
+        NTPConfig(**{**defaults, **options}),
+        Rows() if source is None else source,
+        Rows(size=20, classes=4, seed=1) if target is None else target,
+        evaluation,
+        callbacks=callbacks,
+    )
+
+
+class Stop(TrainerCallback):
+    """Stands for a crash: training ends after a checkpoint, and a new process continues."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_end_to_end(tmp_path):
+    ours = trainer(tmp_path)
+    ours.train()
+    weights = list(ours.prunable.values())
+    assert zero_fraction(weights) == pytest.approx(0.6, abs=0.5 / sum(w.numel() for w in weights))
+    assert ours.model.config.ntp["sparsity"] == zero_fraction(weights)
+    others = [p for name, p in ours.model.named_parameters() if name not in ours.prunable]
+    assert zero_fraction(others) < 0.05
+    logged = [row for row in ours.state.log_history if "loss" in row]
+    assert len(logged) == 4
+    terms = {"source_loss", "target_loss", "non_transferable_loss", "fisher_loss", "sparsity"}
+    assert all(terms <= row.keys() for row in logged)
+    assert all(math.isfinite(row[term]) for row in logged for term in terms)
+    assert {"primal_residual", "dual_residual"} <= logged[-1].keys()
+    assert logged[-1]["sparsity"] == 0.6
+
+
+def test_the_loss_is_the_sum_of_its_terms(tmp_path):
+    """One batch against the same computation written out."""
+    ours = trainer(tmp_path, target_head_steps=1, target_weight=0.3, fisher_weight=0.7, lr_scheduler_type="constant")
+    ours.train()
+    ours._terms = {}
+    batch = next(iter(ours.get_train_dataloader()))
+    model = ours.model.eval()
+    head = ours.heads["target"]
+    loss = ours.compute_loss(model, batch)
+    target = batch["targets"]["target"]
+    logits = model(batch["pixel_values"]).logits
+    outputs = model.vit(target["pixel_values"], output_hidden_states=True)
+    pooled = outputs.last_hidden_state[:, 0]
+    levels = [state.mean(1) for state in outputs.hidden_states[1:]] + [pooled]
+    fisher = sum(whitened_discriminant(level, target["labels"], 4, 0.1) for level in levels) / len(levels)
+    transfer = uniform_cross_entropy(F.linear(pooled, head.linear.weight, head.linear.bias))
+    expected = F.cross_entropy(logits, batch["labels"]) + 0.3 * transfer + 0.7 * fisher
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_published_terms(tmp_path):
+    ours = trainer(
+        tmp_path,
+        target_loss="ascent",
+        target_bound=0.5,
+        fisher="trace_ratio",
+        fisher_level="pooled",
+        prune_pattern="l1",
+        rho=5e-3,
+    )
+    ours.train()
+    row = [row for row in ours.state.log_history if "loss" in row][0]
+    assert row["non_transferable_loss"] == pytest.approx(-0.5)
+    assert zero_fraction(list(ours.prunable.values())) == pytest.approx(0.6, abs=1e-3)
+
+
+def test_evaluation_is_trainers_own(tmp_path):
+    ours = trainer(tmp_path)
+    metrics = ours.evaluate(Rows(size=10, seed=5))
+    assert 0 <= metrics["eval_accuracy"] <= 1
+    assert metrics["eval_loss"] > 0
+
+
+def test_the_mask_is_fixed_in_the_last_phase(tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append([(weight == 0).clone() for weight in ours.prunable.values()])
+
+    ours = trainer(tmp_path, callbacks=[Watch()], pruning_end=0.5)
+    ours.train()
+    assert all(torch.equal(a, b) for later in seen[5:] for a, b in zip(seen[5], later, strict=True))
+    assert sum(int(zeros.sum()) for zeros in seen[4]) < sum(int(zeros.sum()) for zeros in seen[5])
+
+
+def test_the_simulated_attacker_keeps_up_with_the_encoder(tmp_path):
+    """With the other terms off, the refitted head reads the target off features that move under it."""
+    ours = trainer(tmp_path, max_steps=80, target_weight=0.0, fisher_weight=0.0, sparsity=0.0, logging_steps=10)
+    ours.train()
+    losses = [row["target_loss"] for row in ours.state.log_history if "target_loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_target_is_made_hard_to_read(tmp_path):
+    plain = trainer(tmp_path / "a", max_steps=80, target_weight=0.0, fisher_weight=0.0)
+    protected = trainer(tmp_path / "b", max_steps=80, target_weight=1.0, fisher_weight=1.0)
+    fisher = []
+    for ours in (plain, protected):
+        ours.train()
+        fisher.append([row["fisher_loss"] for row in ours.state.log_history if "fisher_loss" in row][-1])
+    assert fisher[1] < 0.5 * fisher[0]
+
+
+def test_batch_norm_statistics_come_from_the_source_only(tmp_path):
+    class Bright(Rows):
+        def __getitem__(self, index):
+            row = super().__getitem__(index)
+            return {**row, "pixel_values": row["pixel_values"] + 100}
+
+    one = trainer(tmp_path / "a", tiny_resnet(), target_weight=0.0, fisher_weight=0.0)
+    other = trainer(tmp_path / "b", tiny_resnet(), target=Bright(size=20), target_weight=0.0, fisher_weight=0.0)
+    for ours in (one, other):
+        ours.train()
+    for (name, a), (_, b) in zip(one.model.named_buffers(), other.model.named_buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_several_targets_with_label_sets_of_their_own(tmp_path):
+    ours = trainer(tmp_path, target={"four": Rows(20, 4, seed=1), "two": Rows(15, 2, seed=2)})
+    ours.train()
+    row = [row for row in ours.state.log_history if "loss" in row][-1]
+    assert {"target_loss_four", "target_loss_two", "fisher_loss_four"} <= row.keys()
+    assert ours.heads["two"].linear.out_features == 2
+
+
+def test_weight_decay_leaves_prunable_weights_alone(tmp_path):
+    ours = trainer(tmp_path, weight_decay=0.5)
+    assert not set(ours.get_decay_parameter_names(ours.model)) & set(ours.prunable)
+    assert "classifier.weight" in ours.get_decay_parameter_names(ours.model)
+
+
+def test_training_that_stops_early_still_prunes_exactly(tmp_path):
+    class Enough(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    ours = trainer(tmp_path, callbacks=[Enough()])
+    ours.train()
+    assert zero_fraction(list(ours.prunable.values())) == pytest.approx(0.6, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda: tiny_vit(dropout=0.1), {}),
+        (lambda: tiny_vit(dropout=0.1), {"gradient_accumulation_steps": 2, "bf16": True, "dataloader_num_workers": 1}),
+        (tiny_resnet, {"prune_pattern": "l1", "fisher_level": "pooled"}),
+    ],
+    ids=["vit", "vit-accumulated-bf16-worker", "resnet-l1"],
+)
+@pytest.mark.parametrize("interrupted_at", [5, 10])
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, make, options, interrupted_at):
+    """Epochs have 6 steps (3 when accumulated), so both points lie inside one; pruning ends at step 8."""
+    options = {**options, "save_strategy": "steps", "save_steps": 1}
+    whole = trainer(tmp_path / "whole", make(), **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "cut", make(), callbacks=[Stop(interrupted_at)], **options).train()
+    resumed = trainer(tmp_path / "cut", make(), **options)
+    resumed.train(resume_from_checkpoint=True)
+    for (name, a), (_, b) in zip(whole.model.state_dict().items(), resumed.model.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    for a, b in zip(whole.heads.values(), resumed.heads.values(), strict=True):
+        assert torch.equal(a.linear.weight, b.linear.weight)
+    last = [[r for r in t.state.log_history if "loss" in r][-1] for t in (whole, resumed)]
+    assert last[0]["source_loss"] == last[1]["source_loss"]
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=6).train()
+    with pytest.raises(ValueError, match=r"rho: 0.05 there, 0.5 here"):
+        trainer(tmp_path, save_strategy="steps", save_steps=6, rho=0.5).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="data: .*48 rows.*there"):
+        trainer(tmp_path, source=Rows(size=30)).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_plain_trainer_is_refused(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=6).train()
+    (tmp_path / "checkpoint-6" / "ntp_state.json").unlink()
+    with pytest.raises(FileNotFoundError, match="not a checkpoint of NTPTrainer"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    ours = trainer(tmp_path, save_strategy="steps", save_steps=4)
+
+    def fail(output_dir):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(ours, "_save_rng_state", fail)
+    with pytest.raises(OSError, match="no space"):
+        ours.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    trainer(tmp_path, save_strategy="steps", save_steps=4, save_total_limit=2).train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-8"]
+
+
+def test_the_best_checkpoint_is_found_where_it_lies(tmp_path):
+    ours = trainer(
+        tmp_path,
+        evaluation=Rows(size=12, seed=8),
+        save_strategy="steps",
+        save_steps=4,
+        eval_strategy="steps",
+        eval_steps=4,
+        metric_for_best_model="accuracy",
+    )
+    ours.train()
+    best = ours.state.best_model_checkpoint
+    assert best.startswith(str(tmp_path / "checkpoint-"))
+    assert (tmp_path / "checkpoint-12").exists()
+    state = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == best
+
+
+def test_saved_weights_are_the_pruned_ones(tmp_path):
+    ours = trainer(tmp_path)
+    ours.train()
+    ours.save_model(str(tmp_path / "final"))
+    again = type(ours.model).from_pretrained(tmp_path / "final")
+    for (name, a), (_, b) in zip(ours.model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert again.config.ntp == ours.model.config.ntp
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"source": Rows(classes=5)}, "labels must be"),
+        ({"target": Rows(size=0)}, "no rows"),
+        ({"target": Rows(classes=1)}, "of class 0 only"),
+    ],
+)
+def test_bad_data_shows_before_training(tmp_path, bad, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **bad)
