@@ -95,7 +95,7 @@ def test_published_terms(tmp_path):
         rho=5e-3,
     )
     ours.train()
-    row = [row for row in ours.state.log_history if "loss" in row][0]
+    row = next(row for row in ours.state.log_history if "loss" in row)
     assert row["non_transferable_loss"] == pytest.approx(-0.5)
     assert zero_fraction(list(ours.prunable.values())) == pytest.approx(0.6, abs=1e-3)
 
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     trainer(tmp_path, save_strategy="steps", save_steps=6).train()
     with pytest.raises(ValueError, match=r"rho: 0.05 there, 0.5 here"):
         trainer(tmp_path, save_strategy="steps", save_steps=6, rho=0.5).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="data: .*48 rows.*there"):
+    with pytest.raises(ValueError, match=r"data: .*48 rows.*there"):
         trainer(tmp_path, source=Rows(size=30)).train(resume_from_checkpoint=True)
 
 
