@@ -56,7 +56,7 @@ def build_results(
             "seeds": list(curves.seeds),
             "curves": curves.accuracies,
             "learning_rates": curves.learning_rates,
-            "protocol": asdict(measured.protocol),
+            "protocol": {**asdict(measured.protocol), "learning_rates": list(measured.protocol.learning_rates)},
             "scratch_convergence": asdict(measured.convergence),
         },
         "slc_auc": areas,

@@ -1,0 +1,240 @@
+import json
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessorPil
+
+from hf_ntp import (
+    Arm,
+    AttackData,
+    FineTuneProtocol,
+    PixelDataset,
+    measure_protection,
+    sample_wise_learning_curves,
+    standard_arms,
+    summarize,
+)
+from hf_ntp.evaluation import runner
+from hf_ntp.evaluation.cache import ResultCache
+from hf_ntp.evaluation.fine_tune import accuracy_of, build_model, fine_tune, zero_masks
+from hf_ntp.evaluation.runner import LearningCurves
+from hf_ntp.evaluation.summary import retained
+from hf_ntp.models import prunable_weights, zero_fraction
+
+from ..conftest import Rows, tiny_vit
+
+QUICK = FineTuneProtocol(steps=12, batch_size=8, learning_rates=(1e-3, 1e-2), warmup_steps=2)
+
+
+def pixels(size, seed, classes=3):
+    """Bright bars whose position is the class, as a real image dataset."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(size) % classes
+    images = []
+    for label in labels:
+        array = rng.integers(0, 60, (8, 8, 3), dtype=np.uint8)
+        array[:, 2 * label : 2 * label + 2] = 230
+        images.append(Image.fromarray(array))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=classes)})
+    data = datasets.Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    return PixelDataset.from_dataset(data, processor)
+
+
+@pytest.fixture
+def attack():
+    return AttackData(pixels(24, 0), pixels(12, 1), pixels(12, 2))
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Folders of an unprotected model and of one with half of its weights at zero."""
+    model = tiny_vit()
+    model.save_pretrained(tmp_path / "unprotected")
+    with torch.no_grad():
+        for weight in prunable_weights(model).values():
+            weight[:, ::2] = 0
+    model.save_pretrained(tmp_path / "protected")
+    return str(tmp_path / "unprotected"), str(tmp_path / "protected")
+
+
+def test_curves_of_the_standard_arms(attack, checkpoints, tmp_path):
+    arms = standard_arms(*checkpoints)
+    curves = sample_wise_learning_curves(arms, attack, [6, 24], [0, 1], QUICK, tmp_path / "fits", jobs=1)
+    assert list(curves.accuracies) == ["scratch", "unprotected", "protected_mask", "protected_dense"]
+    assert all(np.shape(accuracies) == (2, 2) for accuracies in curves.accuracies.values())
+    assert all(rate in QUICK.learning_rates for rates in curves.learning_rates.values() for rate in rates)
+    assert curves.fits == 4 * 2 * 2 * 2
+    assert len(list((tmp_path / "fits").iterdir())) == curves.fits
+
+
+def test_nothing_is_fitted_twice_and_processes_do_not_matter(attack, checkpoints, tmp_path, monkeypatch):
+    arms = standard_arms(*checkpoints)[:2]
+    first = sample_wise_learning_curves(arms, attack, [6, 12], [0], QUICK, tmp_path / "a", jobs=2)
+    assert sample_wise_learning_curves(arms, attack, [6, 12], [0], QUICK, tmp_path / "b", jobs=1) == first
+
+    def forbidden(*args):
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr(runner, "fine_tune", forbidden)
+    assert sample_wise_learning_curves(arms, attack, [6, 12], [0], QUICK, tmp_path / "a", jobs=1) == first
+    with pytest.raises(AssertionError, match="fitted again"):
+        sample_wise_learning_curves(arms, attack, [6, 24], [0], QUICK, tmp_path / "a", jobs=1)
+
+
+def test_an_interrupted_sweep_continues(attack, checkpoints, tmp_path, monkeypatch):
+    arms = standard_arms(*checkpoints)[:2]
+    whole = sample_wise_learning_curves(arms, attack, [6, 12], [0], QUICK, jobs=1)
+    real, fitted = runner.fine_tune, []
+
+    def interrupt_the_third(*args):
+        if len(fitted) == 2:
+            raise KeyboardInterrupt
+        fitted.append(args)
+        real(*args)
+
+    monkeypatch.setattr(runner, "fine_tune", interrupt_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        sample_wise_learning_curves(arms, attack, [6, 12], [0], QUICK, tmp_path, jobs=1)
+    fitted.clear()
+    monkeypatch.setattr(runner, "fine_tune", lambda *args: (fitted.append(args), real(*args)))
+    assert sample_wise_learning_curves(arms, attack, [6, 12], [0], QUICK, tmp_path, jobs=1) == whole
+    assert len(fitted) == whole.fits - 2
+
+
+def test_the_cache_knows_other_weights_data_and_protocols(attack, checkpoints, tmp_path):
+    describe = runner._Describer(attack, QUICK)
+    fit = runner._Fit(Arm("a", checkpoints[0]), 6, 0, 1e-3)
+    other_data = AttackData(attack.train, attack.validation, pixels(12, 9))
+    keys = {
+        describe(fit),
+        describe(fit._replace(arm=Arm("a", checkpoints[1]))),
+        describe(fit._replace(arm=Arm("a", checkpoints[1], keep_mask=True))),
+        describe(fit._replace(arm=Arm("a", checkpoints[0], random_init=True))),
+        describe(fit._replace(size=7)),
+        describe(fit._replace(seed=1)),
+        describe(fit._replace(learning_rate=3e-3)),
+        runner._Describer(attack, FineTuneProtocol(steps=13, warmup_steps=2))(fit),
+        runner._Describer(other_data, QUICK)(fit),
+    }
+    assert len(keys) == 9
+    same = runner._Describer(attack, FineTuneProtocol(12, 8, (0.5,), warmup_steps=2))
+    assert same(fit._replace(arm=Arm("renamed", checkpoints[0]))) == describe(fit)
+
+
+def test_a_damaged_cache_entry_counts_as_missing(tmp_path):
+    cache = ResultCache(tmp_path)
+    cache.put("key", {"test": 0.5})
+    assert cache.get("key") == {"test": 0.5}
+    (tmp_path / "key.json").write_text('{"test": 0.')
+    assert cache.get("key") is None
+    assert ResultCache(None).get("key") is None
+
+
+def test_the_learning_rate_is_chosen_on_validation_data(attack, checkpoints, monkeypatch):
+    """The rate with the better validation accuracy wins even where test accuracy says otherwise."""
+    table = {1e-3: runner.Accuracies(0.9, 0.1), 1e-2: runner.Accuracies(0.2, 0.8)}
+    monkeypatch.setattr(runner, "_run", lambda fit, *rest: (fit, table[fit.learning_rate]))
+    curves = sample_wise_learning_curves(standard_arms(*checkpoints)[:1], attack, [6, 12], [0, 1], QUICK, jobs=1)
+    assert curves.accuracies["scratch"] == [[0.1, 0.1], [0.1, 0.1]]
+    assert curves.learning_rates["scratch"] == [1e-3, 1e-3]
+
+
+@pytest.mark.parametrize("sizes", [[12, 6], [6, 6], [6, 25], []])
+def test_bad_sample_sizes(attack, checkpoints, sizes):
+    with pytest.raises(ValueError, match="sample_sizes"):
+        sample_wise_learning_curves(standard_arms(*checkpoints), attack, sizes, [0], QUICK)
+
+
+def test_bad_protocols():
+    with pytest.raises(ValueError, match="steps >= 1"):
+        FineTuneProtocol(steps=0)
+    with pytest.raises(ValueError, match="at least one positive rate"):
+        FineTuneProtocol(learning_rates=())
+
+
+@pytest.mark.parametrize("keep_mask", [True, False])
+def test_zeros_stay_only_when_the_mask_is_kept(checkpoints, attack, keep_mask):
+    model = build_model(Arm("a", checkpoints[1], keep_mask=keep_mask), 3, seed=0)
+    zeros = {name: weight == 0 for name, weight in prunable_weights(model).items()}
+    assert len(zero_masks(model)) == len(zeros)
+    fine_tune(model, *attack.train.tensors(), QUICK, 1e-2, 0, keep_mask)
+    for name, weight in prunable_weights(model).items():
+        assert bool((weight[zeros[name]] == 0).all()) == keep_mask
+        assert bool((weight[~zeros[name]] != 0).all())
+
+
+def test_heads_are_fresh_and_arms_start_where_they_should(checkpoints):
+    loaded = build_model(Arm("a", checkpoints[0]), 3, seed=0)
+    again = build_model(Arm("a", checkpoints[0]), 3, seed=0)
+    scratch = build_model(Arm("s", checkpoints[0], random_init=True), 3, seed=5)
+    original = tiny_vit()
+    assert torch.equal(loaded.classifier.weight, again.classifier.weight)
+    assert not torch.equal(loaded.classifier.weight, original.classifier.weight)
+    name = next(iter(prunable_weights(loaded)))
+    assert torch.equal(loaded.get_parameter(name), original.get_parameter(name))
+    assert not torch.equal(scratch.get_parameter(name), original.get_parameter(name))
+    assert not torch.equal(
+        scratch.get_parameter(name), build_model(Arm("s", checkpoints[0], True), 3, 1).get_parameter(name)
+    )
+
+
+def test_fine_tuning_learns(attack):
+    model = tiny_vit()
+    before = accuracy_of(model, attack.test)
+    fine_tune(model, *attack.train.tensors(), FineTuneProtocol(steps=300), 3e-3, 0)
+    assert accuracy_of(model, attack.test) > 0.9 > before
+
+
+def test_accuracy_is_taken_in_eval_mode():
+    model = tiny_vit(dropout=0.9).train()
+    data = Rows(size=30)
+    assert accuracy_of(model, data) == accuracy_of(model, data, batch_size=7)
+    assert not model.training
+
+
+def curves(**accuracies):
+    return LearningCurves((10, 100), (0, 1), accuracies, {name: [1e-3, 1e-3] for name in accuracies}, 8)
+
+
+def test_summary_by_hand():
+    found = summarize(
+        curves(
+            scratch=[[0.2, 0.4], [0.2, 0.4]],
+            unprotected=[[0.4, 0.6], [0.4, 0.6]],
+            protected_dense=[[0.2, 0.4], [0.3, 0.5]],
+        )
+    )
+    assert found["unprotected"]["normalized"] == pytest.approx(0.2)
+    assert found["unprotected"]["nats"] == pytest.approx(0.2 * math.log(10))
+    assert found["protected_dense"]["seeds"] == pytest.approx([0.0, 0.1])
+    # Mean .05, standard deviation .0707, t(.975, 1) = 12.706: .05 +- 12.706 * .0707 / sqrt(2).
+    assert found["protected_dense"]["ci"]["normalized"] == pytest.approx([0.05 - 0.6353, 0.05 + 0.6353], abs=1e-3)
+    assert retained(found, "protected_dense") == pytest.approx(0.25)
+
+
+def test_nothing_to_retain_is_null():
+    flat = [[0.2, 0.4], [0.2, 0.4]]
+    found = summarize(curves(scratch=flat, unprotected=flat, protected_mask=flat))
+    assert retained(found, "protected_mask") is None
+
+
+def test_one_seed_has_no_interval():
+    single = LearningCurves((10, 100), (0,), {"scratch": [[0.1, 0.2]], "unprotected": [[0.3, 0.4]]}, {}, 2)
+    summary = summarize(single)
+    assert summary["unprotected"]["ci"]["normalized"] == [None, None]
+    json.dumps(summary, allow_nan=False)
+
+
+def test_measuring_a_protected_model(attack, checkpoints, tmp_path):
+    measured = measure_protection(*checkpoints, attack.test, attack, [6, 12], [0], QUICK, 0.5, tmp_path, jobs=1)
+    assert measured.sparsity.achieved == 0.5
+    assert 0 < measured.sparsity.live_fraction <= 1
+    assert measured.accuracy.images == 12
+    assert measured.convergence.sample_size == 12
+    assert measured.convergence.steps == 12
+    assert zero_fraction([torch.zeros(1)]) == 1.0
