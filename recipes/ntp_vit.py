@@ -16,6 +16,7 @@ Running the same command again continues an interrupted run.
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
 
     from hf_ntp import NTPConfig
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and the launch lines as they are written."""
 
 
 @dataclass
@@ -83,6 +88,8 @@ class RecipeArguments:
     license: str = field(default="other", metadata={"help": "Licence id for the card."})
 
 
+SMALL_VIT_SIZE = 16
+
 # Change where or how fast a run goes, not what comes out.
 _FREE = ("config", "jobs", "repo_id", "license")
 
@@ -91,17 +98,20 @@ def parse(argv: list[str]) -> tuple[RecipeArguments, NTPConfig]:
     """Read YAML defaults and command-line options; unknown keys in either are errors."""
     if {"-h", "--help"} & set(argv):
         # Only the options of the recipe and the method: importing TrainingArguments takes seconds.
-        HfArgumentParser([RecipeArguments, ProtectionArguments], description=__doc__.split("\n")[0]).parse_args(argv)
+        shown: Any = [RecipeArguments, ProtectionArguments]
+        HfArgumentParser(shown, description=__doc__, formatter_class=HelpFormatter).parse_args(argv)
     from hf_ntp import NTPConfig
 
-    parser = HfArgumentParser([RecipeArguments, NTPConfig])
+    types: Any = [RecipeArguments, NTPConfig]
+    parser = HfArgumentParser(types)
     known = {action.dest for action in parser._actions}
     first, _ = parser.parse_known_args(argv)
     defaults = yaml.safe_load(Path(first.config).read_text()) or {}
     if unknown := sorted(defaults.keys() - known):
         parser.error(f"{first.config} has unknown keys: {', '.join(unknown)}; see --help for the options")
     parser.set_defaults(**defaults)
-    return parser.parse_args_into_dataclasses(argv)
+    recipe, config = parser.parse_args_into_dataclasses(argv)
+    return recipe, config
 
 
 def load(recipe: RecipeArguments, side: str) -> DatasetDict:
@@ -120,9 +130,9 @@ def base_model(recipe: RecipeArguments, labels: list[str]) -> tuple[PreTrainedMo
     from hf_ntp.training.pretraining import small_vit
 
     if recipe.model_name_or_path is None:
-        model = small_vit(labels)
-        size = model.config.image_size
-        return model, ViTImageProcessorPil(size={"height": size, "width": size}), True
+        model = small_vit(labels, SMALL_VIT_SIZE)
+        size = {"height": SMALL_VIT_SIZE, "width": SMALL_VIT_SIZE}
+        return model, ViTImageProcessorPil(size=size), True
     name, revision = recipe.model_name_or_path, recipe.model_revision
     model = AutoModelForImageClassification.from_pretrained(name, revision=revision)
     processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
@@ -173,7 +183,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         for domain in (source, target)
     )
     settings = {key: value for key, value in vars(recipe).items() if key not in _FREE}
-    run = claim_run_folder(config.output_dir, {**settings, **config.fingerprint()})
+    run = claim_run_folder(str(config.output_dir), {**settings, **config.fingerprint()})
     watch, state, augment = Stopwatch(run / "seconds.json"), PartialState(), RandomShift(recipe.augment_shift)
 
     base = run / "unprotected"
@@ -217,11 +227,10 @@ def main(argv: list[str]) -> dict[str, Any]:
     )
     results = build_results(*references, measured, watch.seconds)
     method = {name: getattr(config, name) for name in ProtectionArguments.__dataclass_fields__}
-    digest = next(iter(weight_digests(base).values()))
+    origin = {"name": recipe.model_name_or_path, "weights": weight_digests(base)}
     with whole_folder(run / "protected") as folder:
         shutil.copytree(weights, folder, dirs_exist_ok=True)
-        base_model_entry = {"name": recipe.model_name_or_path, "weights_sha256": digest}
-        write_report(folder, results, *references, base_model_entry, method, recipe.repo_id, recipe.license)
+        write_report(folder, results, *references, origin, method, recipe.repo_id, recipe.license)
     print(f"\n{results_table(results)}\n\nThe protected model is in {run / 'protected'}")
     return results
 

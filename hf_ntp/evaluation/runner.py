@@ -12,6 +12,7 @@ import joblib
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
@@ -148,8 +149,8 @@ def _run_all(
 def _run(fit: _Fit, rows: np.ndarray, data: AttackData, protocol: FineTuneProtocol) -> tuple[_Fit, Accuracies]:
     torch.set_flush_denormal(True)
     model = build_model(fit.arm, data.num_labels, fit.seed)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
+    if device := torch.accelerator.current_accelerator(check_available=True):
+        nn.Module.to(model, device)
     images, labels = data.train.tensors(rows)
     fine_tune(model, images, labels, protocol, fit.learning_rate, fit.seed, fit.arm.keep_mask)
     return fit, Accuracies(accuracy_of(model, data.validation), accuracy_of(model, data.test))

@@ -42,9 +42,7 @@ def penalty(weight: Tensor, anchor: Tensor, rho: float) -> Tensor:
     return 0.5 * rho * (weight - anchor).square().sum()
 
 
-def add_penalty_gradient_(
-    gradients: Sequence[Tensor], weights: Sequence[Tensor], anchors: Sequence[Tensor], rho: float
-) -> None:
+def add_penalty_gradient_(gradients: list[Tensor], weights: list[Tensor], anchors: list[Tensor], rho: float) -> None:
     """Add ``rho * (W - V)``, the gradient of :func:`penalty`, to ``gradients`` in place, without autograd."""
     torch._foreach_add_(gradients, weights, alpha=rho)
     torch._foreach_add_(gradients, anchors, alpha=-rho)

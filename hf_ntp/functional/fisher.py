@@ -17,75 +17,81 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
     """Mean feature and number of samples of every class.
 
     Args:
-        features: [N, D].
+        features: [..., N, D].
         labels: [N], integers in [0, num_classes).
         num_classes: K, including classes that this batch lacks.
 
     Returns:
-        Means [K, D] (zero where a class is absent; weigh by the counts) and counts [K].
+        Means [..., K, D] (zero where a class is absent; weigh by the counts) and counts [K].
     """
     counts = features.new_zeros(num_classes).index_add(0, labels, features.new_ones(len(labels)))
-    sums = features.new_zeros(num_classes, features.shape[1]).index_add(0, labels, features)
-    return sums / counts.clamp(min=1).unsqueeze(1), counts
+    sums = features.new_zeros(*features.shape[:-2], num_classes, features.shape[-1]).index_add(-2, labels, features)
+    return sums / counts.clamp(min=1).unsqueeze(-1), counts
 
 
 def _deviations(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return [N, D] deviations within classes and [K, D] root-weighted deviations of the class means, over sqrt(N)."""
-    size = len(features)
-    if size == 0 or features.dim() != 2 or labels.shape != (size,):
+    """Return [..., N, D] deviations within classes and [..., K, D] weighted deviations of the means, over sqrt(N)."""
+    size = len(labels)
+    if size == 0 or features.dim() < 2 or features.shape[-2] != size:
         raise ValueError(
             f"features have shape {tuple(features.shape)} and labels {tuple(labels.shape)}; "
-            "needed: [N, D] and [N] with N >= 1. Pool the features to one vector per sample first."
+            "needed: [..., N, D] and [N] with N >= 1. Pool the features to one vector per sample first."
         )
     means, counts = class_means(features, labels, num_classes)
-    within = (features - means[labels]) / size**0.5
+    within = (features - means.index_select(-2, labels)) / size**0.5
     # The square root is taken of counts, not of learnt values: absent classes give 0 with no gradient.
-    between = (means - features.mean(0)) * (counts / size).sqrt().unsqueeze(1)
+    between = (means - features.mean(-2, keepdim=True)) * (counts / size).sqrt().unsqueeze(-1)
     return within, between
 
 
 def within_class_scatter(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """S_W = (1/N) sum_i (x_i - mean_{y_i})(x_i - mean_{y_i})^T, shape [D, D]."""
+    """S_W = (1/N) sum_i (x_i - mean_{y_i})(x_i - mean_{y_i})^T, shape [..., D, D]."""
     within, _ = _deviations(features, labels, num_classes)
-    return within.T @ within
+    return within.mT @ within
 
 
 def between_class_scatter(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """S_B = (1/N) sum_c n_c (mean_c - mean)(mean_c - mean)^T, shape [D, D]."""
+    """S_B = (1/N) sum_c n_c (mean_c - mean)(mean_c - mean)^T, shape [..., D, D]."""
     _, between = _deviations(features, labels, num_classes)
-    return between.T @ between
+    return between.mT @ between
 
 
 def trace_ratio(features: Tensor, labels: Tensor, num_classes: int, shrinkage: float = 1e-3) -> Tensor:
-    """Fisher's trace ratio ``tr(S_B) / (tr(S_W) + shrinkage * tr(S_T))``, a scalar in [0, 1 / shrinkage].
+    """Fisher's trace ratio ``tr(S_B) / (tr(S_W) + shrinkage * tr(S_T))``, in [0, 1 / shrinkage].
 
     With ``shrinkage=0`` it is the published ``tr(S_B) / tr(S_W)``. The traces are computed without the matrices.
 
     Args:
-        features: [N, D]; computed in float32 whatever their type.
+        features: [..., N, D], the leading axes a batch of feature sets; computed in float32 whatever their type.
         labels: [N], integers in [0, num_classes).
         num_classes: Number of classes K.
         shrinkage: Share of the total scatter added to the denominator, >= 0.
 
+    Returns:
+        One value per feature set, shape [...].
+
     Raises:
         ValueError: If the shapes do not fit.
     """
-    within, between = (part.square().sum() for part in _deviations(features.float(), labels, num_classes))
+    within, between = (part.square().sum((-2, -1)) for part in _deviations(features.float(), labels, num_classes))
     tiny = torch.finfo(within.dtype).tiny
     return between / (within + shrinkage * (within + between) + tiny)
 
 
 def whitened_discriminant(features: Tensor, labels: Tensor, num_classes: int, shrinkage: float = 0.1) -> Tensor:
-    """Whitened Fisher criterion ``tr(((1 - g) S_W + g tr(S_T)/D I)^-1 S_B)`` with shrinkage g, a scalar >= 0.
+    """Whitened Fisher criterion ``tr(((1 - g) S_W + g tr(S_T)/D I)^-1 S_B)`` with shrinkage g, >= 0.
 
     Unlike the trace ratio it cannot be lowered by inflating the within-class scatter along directions that carry no
     class information.
 
     Args:
-        features: [N, D]; computed in float32 whatever their type.
+        features: [..., N, D], the leading axes a batch of feature sets; computed in float32 whatever their type.
         labels: [N], integers in [0, num_classes).
         num_classes: Number of classes K.
         shrinkage: g in [0, 1]; 0 gives ``tr(S_W^-1 S_B)``, which needs a non-singular S_W.
+
+    Returns:
+        One value per feature set, shape [...].
 
     Raises:
         ValueError: If the shapes do not fit or the shrinkage lies outside [0, 1].
@@ -93,12 +99,13 @@ def whitened_discriminant(features: Tensor, labels: Tensor, num_classes: int, sh
     if not 0 <= shrinkage <= 1:
         raise ValueError(f"shrinkage is {shrinkage}; needed: a value in [0, 1].")
     within, between = _deviations(features.float(), labels, num_classes)
-    dim = features.shape[1]
-    total = within.square().sum() + between.square().sum()
+    dim = features.shape[-1]
+    total = within.square().sum((-2, -1)) + between.square().sum((-2, -1))
     ridge = shrinkage * total / dim + torch.finfo(total.dtype).tiny
-    scatter = (1 - shrinkage) * within.T @ within + ridge * torch.eye(dim, device=total.device)
+    identity = torch.eye(dim, device=total.device)
+    scatter = (1 - shrinkage) * within.mT @ within + ridge[..., None, None] * identity
     factor, _ = torch.linalg.cholesky_ex(scatter)
-    return torch.linalg.solve_triangular(factor, between.T, upper=False).square().sum()
+    return torch.linalg.solve_triangular(factor, between.mT, upper=False).square().sum((-2, -1))
 
 
 def total_scatter(features: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ def replace_head(
     nn.init.normal_(head.weight, std=getattr(model.config, "initializer_range", 0.02), generator=generator)
     nn.init.zeros_(head.bias)
     model.set_submodule(name, head)
-    model.config.num_labels = model.num_labels = num_labels
+    model.config.num_labels = num_labels
+    setattr(model, "num_labels", num_labels)  # noqa: B010 (models keep a copy that nn.Module does not declare)
     if not isinstance(labels, int):
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: i for i, label in enumerate(labels)}

@@ -82,7 +82,7 @@ def build_record(
         results: Content of ``results.json``.
         source: Authorized domain.
         target: Unauthorized domain.
-        base_model: "name" (Hub id or None) and "weights_sha256".
+        base_model: "name" (Hub id or None) and "weights" (digest of every file).
         weights: Digest of every weight file.
         settings: Options of the method.
     """

@@ -31,7 +31,7 @@ class ProtectionArguments:
     )
     rho: float = field(default=0.05, metadata={"help": "ADMM penalty parameter, > 0."})
     l1_weight: float = field(default=1e-4, metadata={"help": "Weight of the L1 norm for prune_pattern='l1', > 0."})
-    admm_interval: int = field(default=10, metadata={"help": "Optimizer steps between two Z-steps, >= 1."})
+    admm_interval: int = field(default=16, metadata={"help": "Optimizer steps between two Z-steps, >= 1."})
     pruning_begin: float = field(default=0.0, metadata={"help": "Share of all steps after which pruning begins."})
     pruning_end: float = field(
         default=0.6, metadata={"help": "Share of all steps after which the mask is fixed; the rest is repair."}
@@ -48,7 +48,7 @@ class ProtectionArguments:
         default=None, metadata={"help": "Bound beta of target_loss='ascent', nats; default log(target classes)."}
     )
     target_head_steps: int = field(
-        default=2, metadata={"help": "Adam steps that refit the simulated attacker's head before every step, >= 1."}
+        default=1, metadata={"help": "Adam steps that refit the simulated attacker's head before every step, >= 1."}
     )
     target_head_learning_rate: float = field(default=1e-2, metadata={"help": "Adam's rate for that head, > 0."})
     fisher: str = field(

@@ -44,7 +44,7 @@ def load_state(folder: Path, pruner: ADMMPruner, heads: Mapping[str, TargetHead]
     _require_same(scalars["settings"], settings, folder)
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in load_file(folder / TENSORS_FILE).items():
-        group, _, key = name.partition("/")
+        group, _, key = name.rpartition("/")
         groups.setdefault(group, {})[key] = tensor
     pruner.load(groups.get("pruner", {}), scalars["pruner"])
     for name, head in heads.items():

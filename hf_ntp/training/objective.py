@@ -51,10 +51,15 @@ def fisher_term(batch: TargetBatch, num_classes: int, options: ProtectionArgumen
 
     With the stages, class information cannot survive inside the encoder where fine-tuning would bring it out again.
     """
-    criterion = _FISHER[options.fisher]
-    levels = (*batch.stages, batch.features)
-    terms = [criterion(level, batch.labels, num_classes, options.fisher_shrinkage) for level in levels]
-    return torch.stack(terms).mean()
+    by_width: dict[int, list[Tensor]] = {}
+    for level in (*batch.stages, batch.features):
+        by_width.setdefault(level.shape[1], []).append(level)
+    # Levels of one width are computed together: small matrices one by one are all overhead.
+    terms = [
+        _FISHER[options.fisher](torch.stack(levels), batch.labels, num_classes, options.fisher_shrinkage)
+        for levels in by_width.values()
+    ]
+    return torch.cat(terms).mean()
 
 
 def target_terms(
@@ -65,7 +70,8 @@ def target_terms(
     Returns:
         The weighted sum to minimise and the single terms for the log (detached scalars).
     """
-    total, log = torch.zeros(()), {}
+    total = torch.zeros(())
+    log: dict[str, Tensor] = {}
     for name, batch in batches.items():
         head = heads[name]
         head.refit(batch.features, batch.labels, options.target_head_steps)

@@ -89,11 +89,17 @@ class ADMMPruner:
         """Add rho (W - Z + U) to every gradient that this step has; nothing to do once the mask is fixed."""
         if self.finished:
             return
-        names = [name for name, weight in self.weights.items() if weight.grad is not None]
-        weights = [self.weights[name] for name in names]
-        stored = [self.stored[name] for name in names]
-        anchors = [soft_anchor(x, self.threshold) for x in stored] if self._soft else stored
-        add_penalty_gradient_([w.grad for w in weights if w.grad is not None], weights, anchors, self.rho)
+        gradients: list[Tensor] = []
+        weights: list[Tensor] = []
+        anchors: list[Tensor] = []
+        for name, weight in self.weights.items():
+            if weight.grad is not None:
+                gradients.append(weight.grad)
+                weights.append(weight)
+                anchors.append(self.stored[name])
+        if self._soft:
+            anchors = [soft_anchor(x, self.threshold) for x in anchors]
+        add_penalty_gradient_(gradients, weights, anchors, self.rho)
 
     def _split(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the current Z and U, recovered from the stored tensors."""

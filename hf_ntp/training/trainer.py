@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -42,7 +42,7 @@ from .paired_data import PairedDataset, PairedSampler, Transform, collate, label
 from .pruning import ADMMPruner
 from .target_head import TargetHead
 
-ImageData = datasets.Dataset | Dataset
+ImageData: TypeAlias = datasets.Dataset | Dataset
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -75,6 +75,11 @@ class NTPTrainer(Trainer):
         ValueError: For data or options that cannot work, before any training starts.
     """
 
+    args: NTPConfig
+    model: PreTrainedModel
+    train_dataset: PairedDataset
+    pruner: ADMMPruner
+
     def __init__(
         self,
         model: PreTrainedModel | str,
@@ -88,9 +93,10 @@ class NTPTrainer(Trainer):
         source_transform: Transform | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ) -> None:
-        if isinstance(model, str):
-            model = AutoModelForImageClassification.from_pretrained(model)
-        head_name, head = find_head(model, args.head_name)
+        network: PreTrainedModel = (
+            AutoModelForImageClassification.from_pretrained(model) if isinstance(model, str) else model
+        )
+        head_name, head = find_head(network, args.head_name)
         targets = target_dataset if isinstance(target_dataset, Mapping) else {"target": target_dataset}
         paired = PairedDataset(
             as_pixels(train_dataset, processing_class, "train_dataset"),
@@ -106,7 +112,7 @@ class NTPTrainer(Trainer):
             len(paired), [len(labels) for labels in self.target_labels.values()], paired.seed
         )
         super().__init__(
-            model=model,
+            model=network,
             args=args,
             data_collator=collate,
             train_dataset=paired,
@@ -119,13 +125,14 @@ class NTPTrainer(Trainer):
         # Our losses are plain means over a batch: Trainer divides by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        self.prunable = prunable_weights(model, args.prune_include, args.prune_exclude, head_name)
+        self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
         self.heads = {
             name: TargetHead(head.in_features, int(labels.max()) + 1, args.target_head_learning_rate, args.seed)
             for name, labels in self.target_labels.items()
         }
         self._tap = FeatureTap(head)
-        self._batch_norm = has_batch_norm(model)
+        self._batch_norm = has_batch_norm(network)
+        self._residuals: dict[str, Tensor] = {}
         self._terms: dict[str, Tensor] = {}
         self._term_count = 0
         self._staging = False
@@ -209,7 +216,7 @@ class NTPTrainer(Trainer):
         self.pruner = ADMMPruner(
             self.prunable, self.args.sparsity, self.args.prune_pattern, self.args.rho, self.args.l1_weight
         )
-        self._residuals: dict[str, Tensor] = {}
+        self._residuals = {}
         return super().train(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -240,7 +247,7 @@ class NTPTrainer(Trainer):
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on: configuration and data."""
         data = {"source": self.train_dataset.source, **self.train_dataset.targets}
-        prints = {name: getattr(part, "fingerprint", f"{len(part)} rows") for name, part in data.items()}
+        prints = {name: getattr(part, "fingerprint", f"{len(labels_of(part))} rows") for name, part in data.items()}
         return {**self.args.fingerprint(), "world_size": self.args.world_size, "data": prints}
 
     def _get_output_dir(self, trial: Any) -> str:

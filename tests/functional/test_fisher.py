@@ -142,6 +142,14 @@ def test_gradients(criterion):
         assert float(features.grad[i, j]) == pytest.approx(float(slope), rel=0.05, abs=1e-3)
 
 
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_batch_of_feature_sets_gives_each_ones_value(criterion):
+    sets = [cloud(seed)[0] for seed in range(3)]
+    labels = cloud()[1]
+    together = criterion(torch.stack(sets), labels, 4)
+    assert together.tolist() == pytest.approx([float(criterion(one, labels, 4)) for one in sets], rel=1e-5)
+
+
 def test_bad_shapes():
     with pytest.raises(ValueError, match="Pool the features"):
         trace_ratio(torch.ones(2, 3, 4), torch.tensor([0, 1]), 2)

@@ -7,8 +7,10 @@ from hf_ntp.evaluation.measure import Measurement, ScratchConvergence, SourceAcc
 from hf_ntp.publishing.report import build_record, build_results
 
 SOURCE = DomainReference("photos", "org/photos", None, "main", {"train": "a" * 64}, ["cat", "dog"])
-TARGET = DomainReference("scans", "org/scans", "small", None, {"owner": "b" * 64, "attacker": "c" * 64}, ["x", "y", "z"])
-BASE = {"name": "org/base", "weights_sha256": "d" * 64}
+TARGET = DomainReference(
+    "scans", "org/scans", "small", None, {"owner": "b" * 64, "attacker": "c" * 64}, ["x", "y", "z"]
+)
+BASE = {"name": "org/base", "weights": {"model.safetensors": "d" * 64}}
 WEIGHTS = {"model.safetensors": "e" * 64}
 
 
