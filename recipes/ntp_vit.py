@@ -152,6 +152,15 @@ def save(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor) ->
         processor.save_pretrained(staged)
 
 
+def show(run: Path) -> dict[str, Any]:
+    """Print and return the results of a finished run."""
+    from hf_ntp.publishing.report import read_results, results_table
+
+    results = read_results(run / "protected")
+    print(f"\n{results_table(results)}\n\nThe protected model is in {run / 'protected'}")
+    return results
+
+
 def main(argv: list[str]) -> dict[str, Any]:
     """Run the recipe and return the content of ``results.json``."""
     recipe, config = parse(argv)
@@ -165,7 +174,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     import hf_ntp
     from hf_ntp.data import RandomShift
     from hf_ntp.publishing.record import weight_digests
-    from hf_ntp.publishing.report import build_results, results_table, write_report
+    from hf_ntp.publishing.report import build_results, write_report
     from hf_ntp.run_folder import Stopwatch, claim_run_folder, whole_folder
     from hf_ntp.training.pretraining import train_classifier
 
@@ -184,6 +193,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     )
     settings = {key: value for key, value in vars(recipe).items() if key not in _FREE}
     run = claim_run_folder(str(config.output_dir), {**settings, **config.fingerprint()})
+    if (run / "protected").exists():
+        return show(run)
     watch, state, augment = Stopwatch(run / "seconds.json"), PartialState(), RandomShift(recipe.augment_shift)
 
     base = run / "unprotected"
@@ -227,12 +238,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     )
     results = build_results(*references, measured, watch.seconds)
     method = {name: getattr(config, name) for name in ProtectionArguments.__dataclass_fields__}
-    origin = {"name": recipe.model_name_or_path, "weights": weight_digests(base)}
+    name = recipe.model_name_or_path
+    origin = {"name": None if name is None or Path(name).exists() else name, "weights": weight_digests(base)}
     with whole_folder(run / "protected") as folder:
         shutil.copytree(weights, folder, dirs_exist_ok=True)
         write_report(folder, results, *references, origin, method, recipe.repo_id, recipe.license)
-    print(f"\n{results_table(results)}\n\nThe protected model is in {run / 'protected'}")
-    return results
+    return show(run)
 
 
 if __name__ == "__main__":

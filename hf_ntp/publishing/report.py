@@ -140,6 +140,11 @@ def write_report(
     render_card(results, record, repo_id, license).save(folder / "README.md")
 
 
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """Content of the ``results.json`` of a result folder."""
+    return json.loads((Path(folder) / RESULTS_FILE).read_text())
+
+
 def results_table(results: Mapping[str, Any]) -> str:
     """Return the figures of a run as a table that a person can read."""
     source, slc = results["source"], results["slc"]

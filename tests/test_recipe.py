@@ -1,0 +1,216 @@
+"""The recipe end to end, through its command line, with small numbers of steps."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
+
+from hf_ntp import read_record
+from hf_ntp.models import prunable_weights, zero_fraction
+
+from .conftest import tiny_resnet
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "recipes" / "ntp_vit.py"
+QUICK = (
+    "--max_steps 20 --pretrain_steps 10 --save_steps 10 --attack_steps 22 --attack_seeds 0 1 --sample_sizes 10 20 "
+    "--attack_learning_rates 1e-3 --report_to none --disable_tqdm true --source_max_samples 300 --jobs 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("ntp_vit", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ntp_vit"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run as the README launches it, with few steps."""
+    run = tmp_path_factory.mktemp("recipe") / "run"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", str(SCRIPT), "--output_dir", str(run), *QUICK]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run, done.stdout
+
+
+def test_readme_launches_this_recipe():
+    readme = (ROOT / "README.md").read_text()
+    assert "accelerate launch recipes/ntp_vit.py" in readme
+    assert len(re.findall(r"<!-- (?:run|test) command -->", readme)) == 2
+
+
+def test_result_folder(finished):
+    run, printed = finished
+    folder = run / "protected"
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md", "authorization.json", "config.json", "model.safetensors", "preprocessor_config.json",
+        "results.json", "slc.png",
+    }  # fmt: skip
+    assert "SLC-AUC" in printed
+    assert "protected, mask kept" in printed
+    results = json.loads((folder / "results.json").read_text())
+    assert results["source"]["domain"] == "mnist"
+    assert results["target"]["domain"] == "optdigits"
+    assert np.shape(results["slc"]["curves"]["protected_dense"]) == (2, 2)
+    assert set(results["seconds"]) == {"pretrain", "protect", "evaluate"}
+    assert not list(run.rglob("*.unfinished"))
+
+
+def test_the_model_is_sparse_and_described(finished):
+    folder = finished[0] / "protected"
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    requested = yaml.safe_load(SCRIPT.with_suffix(".yaml").read_text())["sparsity"]
+    weights = list(prunable_weights(model).values())
+    assert zero_fraction(weights) == pytest.approx(requested, abs=0.5 / sum(w.numel() for w in weights))
+    record = read_record(folder)
+    assert record["sparsity"]["achieved"] == model.config.ntp["sparsity"] == zero_fraction(weights)
+    assert set(record["unauthorized_domains"][0]["fingerprint"]) == {"owner", "attacker", "validation", "test"}
+
+
+def test_plain_transformers_loads_it_without_our_package(finished):
+    folder = finished[0] / "protected"
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForImageClassification as A\n"
+        f"model, info = A.from_pretrained({str(folder)!r}, output_loading_info=True)\n"
+        "assert not info['missing_keys'] and not info['unexpected_keys']\n"
+        "assert model(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 10)\n"
+        "assert 'hf_ntp' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    assert processor(Image.new("RGB", (28, 28)), return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 16)
+
+
+def test_the_same_command_again_changes_nothing(finished, recipe):
+    run, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in (run / "protected").iterdir()}
+    start = time.perf_counter()
+    recipe.main(["--output_dir", str(run), *QUICK])
+    assert {path: path.stat().st_mtime_ns for path in (run / "protected").iterdir()} == before
+    assert time.perf_counter() - start < 30
+
+
+def test_another_run_does_not_mix_in(finished, recipe):
+    run, _ = finished
+    with pytest.raises(ValueError, match=r"holds another run \(rho: .* there, 0.3 here\)"):
+        recipe.main(["--output_dir", str(run), *QUICK, "--rho", "0.3"])
+    with pytest.raises(ValueError, match=r"is not empty and holds no run\.json"):
+        recipe.main(["--output_dir", str(run / "protected"), *QUICK])
+
+
+def test_an_interrupted_run_continues_to_the_same_result(finished, recipe, tmp_path, monkeypatch):
+    """Killed after the first checkpoint, then during the curves; the weights end up bit for bit the same."""
+    from hf_ntp import NTPTrainer
+    from hf_ntp.evaluation import runner
+
+    save = NTPTrainer._save_checkpoint
+
+    def save_and_die(self, *args):
+        save(self, *args)
+        raise KeyboardInterrupt
+
+    arguments = ["--output_dir", str(tmp_path / "run"), *QUICK]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(NTPTrainer, "_save_checkpoint", save_and_die)
+        recipe.main(arguments)
+    assert (tmp_path / "run" / "work" / "checkpoint-10").is_dir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runner, "_run", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        recipe.main(arguments)
+    assert not (tmp_path / "run" / "protected").exists()
+    results = recipe.main(arguments)
+    whole = json.loads((finished[0] / "protected" / "results.json").read_text())
+    assert {k: v for k, v in results.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
+    ours, theirs = (load_file(p / "protected" / "model.safetensors") for p in (tmp_path / "run", finished[0]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_your_own_model_and_folders_of_images(recipe, tmp_path):
+    """A ConvNet with other classes, image folders of mixed sizes and modes: a head is trained, the rest the same."""
+    rng = np.random.default_rng(0)
+    for domain, modes in (("ours", ["RGB"]), ("theirs", ["RGB", "L", "RGBA"])):
+        for label, shade in (("dark", 40), ("bright", 200)):
+            folder = tmp_path / domain / label
+            folder.mkdir(parents=True)
+            for i in range(40):
+                size = 8 if domain == "ours" else int(rng.integers(8, 20))
+                pixels = np.clip(rng.normal(shade, 20, (size, size, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).convert(modes[i % len(modes)]).save(folder / f"{i}.png")
+    tiny_resnet(num_labels=5).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+    results = recipe.main(
+        [
+            "--model_name_or_path", str(tmp_path / "model"), "--source_dataset", str(tmp_path / "ours"),
+            "--target_dataset", str(tmp_path / "theirs"), "--output_dir", str(tmp_path / "run"), *QUICK,
+        ]
+    )  # fmt: skip
+    assert results["source"]["domain"] == "ours"
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "protected")
+    assert type(model).__name__ == "ResNetForImageClassification"
+    assert model.config.id2label == {0: "bright", 1: "dark"}
+    record = read_record(tmp_path / "run" / "protected")
+    assert record["authorized_domains"][0]["classes"] == ["bright", "dark"]
+    assert str(tmp_path) not in (tmp_path / "run" / "protected" / "authorization.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["--sample_sizes", "10", "100000"], ValueError, "sample_sizes"),
+        (["--sample_sizes", "20", "10"], ValueError, "strictly increasing"),
+        (["--sparsity", "1.5"], ValueError, "sparsity is 1.5"),
+        (["--rho", "-1"], ValueError, "rho is -1.0"),
+        (["--attack_steps", "0"], ValueError, "steps >= 1"),
+        (["--owner_fraction", "1"], ValueError, "owner_fraction is 1"),
+        (["--target_dataset", "nobody/nothing"], (ConnectionError, FileNotFoundError), "nobody/nothing"),
+        (["--target_dataset", "./missing"], FileNotFoundError, "missing"),
+        (["--target_label_column", "nothing"], ValueError, "nothing"),
+    ],
+)
+def test_bad_input_stops_before_any_training(recipe, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        recipe.main(["--output_dir", str(tmp_path / "run"), *QUICK, *options])
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_options_are_errors(recipe, tmp_path, capsys):
+    with pytest.raises((SystemExit, ValueError)):
+        recipe.main(["--output_dir", str(tmp_path / "run"), "--sparcity", "0.5"])
+    config = tmp_path / "bad.yaml"
+    config.write_text("sparcity: 0.5\n")
+    with pytest.raises(SystemExit):
+        recipe.main(["--config", str(config)])
+    assert "unknown keys: sparcity" in capsys.readouterr().err
+
+
+def test_the_command_line_overrides_the_file(recipe, tmp_path):
+    config = tmp_path / "some.yaml"
+    config.write_text(f"output_dir: {tmp_path}\nsparsity: 0.6\nrho: 1.0e-2\nsample_sizes: [5, 7]\nreport_to: none\n")
+    arguments, ntp = recipe.parse(["--config", str(config), "--rho", "0.5"])
+    assert (ntp.sparsity, ntp.rho, arguments.sample_sizes) == (0.6, 0.5, [5, 7])
+
+
+def test_help_is_quick():
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, timeout=60)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0
+    assert "--target_dataset" in done.stdout
+    assert "--sparsity" in done.stdout
+    assert seconds < 3 * (2 if "PYTEST_XDIST_WORKER" in __import__("os").environ else 1)
