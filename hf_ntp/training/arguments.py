@@ -47,6 +47,13 @@ class ProtectionArguments:
     target_bound: float | None = field(
         default=None, metadata={"help": "Bound beta of target_loss='ascent', nats; default log(target classes)."}
     )
+    target_warmup: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share of all steps over which the weights of the non-transferable loss and of the Fisher term "
+            "rise from 0: at full strength from the start they can destroy the source before it adapts."
+        },
+    )
     target_head_steps: int = field(
         default=1, metadata={"help": "Adam steps that refit the simulated attacker's head before every step, >= 1."}
     )
@@ -93,8 +100,9 @@ class ProtectionArguments:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; needed: one of {', '.join(map(repr, words))}.")
         if self.target_bound is not None and self.target_bound <= 0:
             raise ValueError(f"target_bound is {self.target_bound}; needed: a positive number of nats, or null.")
-        if not 0 <= self.fisher_shrinkage <= 1:
-            raise ValueError(f"fisher_shrinkage is {self.fisher_shrinkage}; needed: a value in [0, 1].")
+        for name in ("fisher_shrinkage", "target_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; needed: a value in [0, 1].")
         if not 0 <= self.pruning_begin < self.pruning_end <= 1:
             raise ValueError(
                 f"pruning_begin is {self.pruning_begin} and pruning_end is {self.pruning_end}; needed: "

@@ -154,7 +154,7 @@ class NTPTrainer(Trainer):
         source_loss = F.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
         target_loss, terms = target_terms(targets, self.heads, self.args)
         self._record({"source_loss": source_loss.detach(), **terms})
-        loss = source_loss + target_loss
+        loss = source_loss + self._target_strength() * target_loss
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, TargetBatch]]:
@@ -180,6 +180,11 @@ class NTPTrainer(Trainer):
         stages = self.args.fisher_level == "stages"
         outputs = model(pixel_values=images, output_hidden_states=stages)
         return outputs.logits, (self._tap.take(), *(stage_features(outputs.hidden_states) if stages else ()))
+
+    def _target_strength(self) -> float:
+        """Share of their weight that the target terms have at this step, rising linearly to 1."""
+        warmup = self.args.target_warmup * self.state.max_steps
+        return min(1.0, (self.state.global_step + 1) / warmup) if warmup > 1 else 1.0
 
     # Pruning: called by PruningCallback
 

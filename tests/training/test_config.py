@@ -19,6 +19,7 @@ from hf_ntp import NTPConfig
         ("fisher", "lda", "fisher is 'lda'"),
         ("fisher_level", "all", "fisher_level is 'all'"),
         ("fisher_shrinkage", 2.0, "fisher_shrinkage is 2.0"),
+        ("target_warmup", -0.5, "target_warmup is -0.5"),
         ("target_bound", 0.0, "target_bound is 0.0"),
         ("pruning_end", 0.0, "pruning_begin is 0.0 and pruning_end is 0.0"),
         ("pruning_end", 1.5, "pruning_end is 1.5"),

@@ -84,6 +84,16 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_target_terms_rise_over_the_warm_up(tmp_path):
+    ours = trainer(tmp_path, max_steps=20, target_warmup=0.5)
+    ours.state.max_steps = 20
+    strengths = []
+    for ours.state.global_step in (0, 4, 9, 15):
+        strengths.append(ours._target_strength())
+    assert strengths == [0.1, 0.5, 1.0, 1.0]
+    assert trainer(tmp_path, target_warmup=0.0)._target_strength() == 1.0
+
+
 def test_published_terms(tmp_path):
     ours = trainer(
         tmp_path,
