@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-if TYPE_CHECKING:
-    from .trainer import NTPTrainer
+from .paired_data import PairedSampler
+from .pruning import ADMMPruner
+
+
+class Protector(Protocol):
+    """What the callback calls: the part of :class:`~hf_ntp.NTPTrainer` that knows what is due."""
+
+    paired_sampler: PairedSampler
+    pruner: ADMMPruner
+
+    def advance_pruning(self, step: int, max_steps: int) -> None:
+        """Do what is due after optimizer step ``step``."""
+
+    def complete_pruning(self) -> None:
+        """Make sure the requested sparsity is reached."""
 
 
 class PruningCallback(TrainerCallback):
-    """Delegates Trainer's events to :class:`~hf_ntp.NTPTrainer`: epoch order, ADMM penalty, Z-steps, mask."""
+    """Delegates Trainer's events to the trainer: epoch order, ADMM penalty, Z-steps, mask."""
 
-    def __init__(self, trainer: NTPTrainer) -> None:
+    def __init__(self, trainer: Protector) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(

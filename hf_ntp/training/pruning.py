@@ -101,15 +101,17 @@ class ADMMPruner:
             anchors = [soft_anchor(x, self.threshold) for x in anchors]
         add_penalty_gradient_(gradients, weights, anchors, self.rho)
 
-    def _split(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the current Z and U, recovered from the stored tensors."""
+    def _sparse_and_shifted(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return Z of the last Z-step and W + U, with U recovered from the stored tensors."""
         stored = list(self.stored.values())
         if self._soft:
             dual = [soft_dual(x, self.threshold) for x in stored]
-            return [x - u for x, u in zip(stored, dual, strict=True)], dual
-        masks = sparsity_masks(stored, self.pattern, self.sparsity)
-        sparse = [v * mask for v, mask in zip(stored, masks, strict=True)]
-        return sparse, [hard_dual(v, mask) for v, mask in zip(stored, masks, strict=True)]
+            sparse = [x - u for x, u in zip(stored, dual, strict=True)]
+        else:
+            masks = sparsity_masks(stored, self.pattern, self.sparsity)
+            dual = [hard_dual(v, mask) for v, mask in zip(stored, masks, strict=True)]
+            sparse = [v * mask for v, mask in zip(stored, masks, strict=True)]
+        return sparse, [weight + u for weight, u in zip(self.weights.values(), dual, strict=True)]
 
     @torch.no_grad()
     def update(self, progress: float) -> Residuals:
@@ -122,9 +124,7 @@ class ADMMPruner:
             RuntimeError: If the mask is already fixed.
         """
         self._require_unfinished("update")
-        weights = list(self.weights.values())
-        old, dual = self._split()
-        shifted = [weight + u for weight, u in zip(weights, dual, strict=True)]
+        old, shifted = self._sparse_and_shifted()
         self.sparsity = cubic_sparsity(progress, self.final_sparsity)
         if self._soft:
             new, stored = [soft_threshold(x, self.threshold) for x in shifted], shifted
@@ -134,7 +134,7 @@ class ADMMPruner:
             stored = [hard_anchor(x, mask) for x, mask in zip(shifted, masks, strict=True)]
         for target, value in zip(self.stored.values(), stored, strict=True):
             target.copy_(value)
-        return residuals(weights, new, old, self.rho)
+        return residuals(list(self.weights.values()), new, old, self.rho)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -144,13 +144,11 @@ class ADMMPruner:
             RuntimeError: If the mask is already fixed.
         """
         self._require_unfinished("finish")
-        weights = list(self.weights.values())
-        _, dual = self._split()
-        shifted = [weight + u for weight, u in zip(weights, dual, strict=True)]
+        _, shifted = self._sparse_and_shifted()
         masks = sparsity_masks(shifted, self.pattern, self.final_sparsity)
-        for weight, x, mask, stored in zip(weights, shifted, masks, self.stored.values(), strict=True):
+        for (name, weight), x, mask in zip(self.weights.items(), shifted, masks, strict=True):
             weight.copy_(x * mask)
-            stored.copy_(mask)
+            self.stored[name].copy_(mask)
         self.sparsity = self.final_sparsity
         self.finished = True
 
