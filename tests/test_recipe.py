@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
 
 from hf_ntp import read_record
 from hf_ntp.models import prunable_weights, zero_fraction
+from hf_ntp.training.arguments import ProtectionArguments
 
 from .conftest import tiny_resnet
 
@@ -74,7 +74,7 @@ def test_result_folder(finished):
 def test_the_model_is_sparse_and_described(finished):
     folder = finished[0] / "protected"
     model = AutoModelForImageClassification.from_pretrained(folder)
-    requested = yaml.safe_load(SCRIPT.with_suffix(".yaml").read_text())["sparsity"]
+    requested = ProtectionArguments().sparsity
     weights = list(prunable_weights(model).values())
     assert zero_fraction(weights) == pytest.approx(requested, abs=0.5 / sum(w.numel() for w in weights))
     record = read_record(folder)

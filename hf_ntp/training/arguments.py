@@ -10,7 +10,7 @@ class ProtectionArguments:
     """Options of Non-Transferable Pruning, next to those of `transformers.TrainingArguments`."""
 
     sparsity: float = field(
-        default=0.7, metadata={"help": "Fraction of zeros among the prunable weights at the end, in [0, 1)."}
+        default=0.85, metadata={"help": "Fraction of zeros among the prunable weights at the end, in [0, 1)."}
     )
     prune_pattern: str = field(
         default="layer",
@@ -43,12 +43,18 @@ class ProtectionArguments:
             "dead zone) or 'ascent' (its cross-entropy is raised up to target_bound, as published)."
         },
     )
-    target_weight: float = field(default=0.1, metadata={"help": "Weight alpha of the non-transferable loss, >= 0."})
+    target_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight alpha of the non-transferable loss, >= 0. Off by default: fooling one head left "
+            "fine-tuning untouched, or made the Fisher term weaker, in our runs. Published: 1 (with 'ascent')."
+        },
+    )
     target_bound: float | None = field(
         default=None, metadata={"help": "Bound beta of target_loss='ascent', nats; default log(target classes)."}
     )
     target_warmup: float = field(
-        default=0.1,
+        default=0.2,
         metadata={
             "help": "Share of all steps over which the weights of the non-transferable loss and of the Fisher term "
             "rise from 0: at full strength from the start they can destroy the source before it adapts."
@@ -69,7 +75,7 @@ class ProtectionArguments:
             "(these and the mean output of every block)."
         },
     )
-    fisher_weight: float = field(default=0.3, metadata={"help": "Weight lambda of the Fisher term, >= 0."})
+    fisher_weight: float = field(default=2.0, metadata={"help": "Weight lambda of the Fisher term, >= 0."})
     fisher_shrinkage: float = field(
         default=0.1, metadata={"help": "Share of the total scatter that regularises the Fisher term, in [0, 1]."}
     )

@@ -97,6 +97,8 @@ def test_target_terms_rise_over_the_warm_up(tmp_path):
 def test_published_terms(tmp_path):
     ours = trainer(
         tmp_path,
+        target_weight=1.0,
+        target_warmup=0.0,
         target_loss="ascent",
         target_bound=0.5,
         fisher="trace_ratio",
