@@ -1,13 +1,17 @@
 import doctest
+from pathlib import Path
 
 import evaluate
 import pytest
+import yaml
 
 from hf_ntp.functional import slc_auc
 from hf_ntp.metrics import SLC_AUC
+from hf_ntp.metrics.slc_auc import app
 
 CURVES = {"predictions": [[0.5, 0.7, 0.9], [0.4, 0.6, 0.9]], "references": [[0.3, 0.6, 0.9], [0.3, 0.6, 0.9]]}
 SIZES = [10, 100, 1000]
+FROM_LISTS = {"transfer": CURVES["predictions"], "scratch": CURVES["references"], "sample_sizes": SIZES}
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +44,19 @@ def test_curves_added_seed_by_seed(metric):
 def test_bad_grids(metric, sizes):
     with pytest.raises(ValueError, match="sample"):
         metric.compute(**CURVES, sample_sizes=sizes)
+
+
+def test_the_space_reads_typed_curves():
+    found = app.score("0.5, 0.7 0.9\n0.4 0.6 0.9", "0.3 0.6 0.9\n0.3 0.6 0.9", "10 100 1000")
+    assert found["normalized"] == pytest.approx(float(slc_auc(**FROM_LISTS).normalized.mean()))
+    with pytest.raises(ValueError, match="one row of accuracies per seed"):
+        app.score("", "0.3", "10")
+
+
+def test_the_folder_is_a_metric_space():
+    folder = Path(SLC_AUC)
+    assert {"slc_auc.py", "README.md", "app.py", "requirements.txt"} <= {path.name for path in folder.iterdir()}
+    front = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+    assert front["sdk"] == "gradio"
+    assert front["app_file"] == "app.py"
+    assert "metric" in front["tags"]

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
@@ -62,6 +63,15 @@ def test_end_to_end(tmp_path):
     assert all(math.isfinite(row[term]) for row in logged for term in terms)
     assert {"primal_residual", "dual_residual"} <= logged[-1].keys()
     assert logged[-1]["sparsity"] == 0.6
+
+
+def test_every_term_reaches_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer(tmp_path, report_to="tensorboard").train()
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    names = {f"train/{term}" for term in ("source_loss", "target_loss", "fisher_loss", "primal_residual", "sparsity")}
+    assert names <= set(events.Tags()["scalars"])
 
 
 def test_the_loss_is_the_sum_of_its_terms(tmp_path):
