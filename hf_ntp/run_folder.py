@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -54,10 +55,15 @@ def claim_run_folder(folder: str | Path, settings: Mapping[str, Any]) -> Path:
     return folder
 
 
+def _beside(path: Path) -> Path:
+    """Name for something unfinished, of this process alone."""
+    return path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a path beside ``path`` to write to and rename it at the end: readers see all of it or nothing."""
-    staged = path.with_name(f".{path.name}.unfinished")
+    staged = _beside(path)
     yield staged
     os.replace(staged, path)
 
@@ -65,7 +71,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to fill and rename it to ``path`` at the end: ``path`` exists only when it is whole."""
-    staged = path.with_name(f".{path.name}.unfinished")
+    staged = _beside(path)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     yield staged
@@ -74,16 +80,26 @@ def whole_folder(path: Path) -> Iterator[Path]:
     os.replace(staged, path)
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 class Stopwatch:
     """Wall seconds per stage of a run, kept in a file so that a continued run still knows the whole.
 
     Args:
-        path: JSON file; its folder must exist.
+        path: JSON file; its folder must exist. None keeps nothing, for all processes but the first.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        known = path is not None and path.is_file()
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path is not None and known else {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -93,5 +109,6 @@ class Stopwatch:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
-            with whole_file(self.path) as staged:
-                staged.write_text(json.dumps(self.seconds))
+            if self.path is not None:
+                with whole_file(self.path) as staged:
+                    staged.write_text(json.dumps(self.seconds))

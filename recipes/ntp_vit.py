@@ -9,17 +9,18 @@ Your own model and data, from the Hub or from folders:
     accelerate launch recipes/ntp_vit.py --model_name_or_path ORG/MODEL --source_dataset ORG/AUTHORIZED \
         --target_dataset ORG/UNAUTHORIZED --output_dir runs/mine
 
-Every option of NTPConfig and transformers.TrainingArguments is understood too. The result is OUTPUT_DIR/protected.
-Running the same command again continues an interrupted run.
+Every option of NTPConfig and transformers.TrainingArguments is understood too; --config takes a YAML file of them
+(the default one holds the numbers of steps of the demo). The result is OUTPUT_DIR/protected. Running the same command
+again continues an interrupted run.
 """
 
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
@@ -66,22 +67,24 @@ class RecipeArguments:
     target_label_column: str | None = field(default=None, metadata={"help": "Its label column."})
     target_max_samples: int | None = field(default=None, metadata={"help": "Use at most so many images per split."})
     owner_fraction: float = field(
-        default=0.5,
+        default=0.75,
         metadata={"help": "Share of the target's training images that protection sees; the attacker gets the rest."},
     )
     pretrain_steps: int = field(
-        default=1500, metadata={"help": "Training steps on the source, for a new model or a new head."}
+        default=2500, metadata={"help": "Training steps on the source, where the model does not know its classes yet."}
     )
-    pretrain_learning_rate: float = field(default=1e-3, metadata={"help": "Peak rate of that training."})
+    pretrain_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak rate of that training; default 1e-3 for the small ViT, 5e-5 for yours."}
+    )
     augment_shift: int = field(default=1, metadata={"help": "Random shift of source images, in pixels."})
     sample_sizes: list[int] = field(
         default_factory=lambda: [10, 30, 100], metadata={"help": "Labelled target images of the learning curves."}
     )
     attack_seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the attacks."})
-    attack_steps: int = field(default=800, metadata={"help": "Optimizer steps of every fit."})
+    attack_steps: int = field(default=600, metadata={"help": "Optimizer steps of every fit."})
     attack_batch_size: int = field(default=32, metadata={"help": "Images per step of every fit."})
     attack_learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3, 3e-3], metadata={"help": "Rates the attacker chooses from."}
+        default_factory=lambda: [3e-4, 1e-3], metadata={"help": "Rates the attacker chooses from."}
     )
     jobs: int | None = field(default=None, metadata={"help": "Processes that fit curves; default one per core."})
     repo_id: str = field(default="path/to/this/folder", metadata={"help": "What the card says to load."})
@@ -90,26 +93,40 @@ class RecipeArguments:
 
 SMALL_VIT_SIZE = 16
 
+
+class BaseModel(NamedTuple):
+    """The model before protection."""
+
+    model: PreTrainedModel
+    processor: BaseImageProcessor
+    learning_rate: float | None
+    """Rate at which it still has to learn the source; None when it knows its classes."""
+
+
 # Change where or how fast a run goes, not what comes out.
 _FREE = ("config", "jobs", "repo_id", "license")
 
 
 def parse(argv: list[str]) -> tuple[RecipeArguments, NTPConfig]:
     """Read YAML defaults and command-line options; unknown keys in either are errors."""
-    if {"-h", "--help"} & set(argv):
-        # Only the options of the recipe and the method: importing TrainingArguments takes seconds.
-        shown: Any = [RecipeArguments, ProtectionArguments]
-        HfArgumentParser(shown, description=__doc__, formatter_class=HelpFormatter).parse_args(argv)
-    from hf_ntp import NTPConfig
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default=RecipeArguments.config)
+    defaults = yaml.safe_load(Path(first.parse_known_args(argv)[0].config).read_text()) or {}
+    # How long to train is one choice: epochs on the command line replace the file's number of steps.
+    if "--num_train_epochs" in argv and "--max_steps" not in argv:
+        defaults.pop("max_steps", None)
+    types: Any = [RecipeArguments, ProtectionArguments]
+    if not {"-h", "--help"} & set(argv):
+        # Importing TrainingArguments takes seconds; the help shows the options of the recipe and the method only.
+        from hf_ntp import NTPConfig
 
-    types: Any = [RecipeArguments, NTPConfig]
-    parser = HfArgumentParser(types)
+        types = [RecipeArguments, NTPConfig]
+    parser = HfArgumentParser(types, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     known = {action.dest for action in parser._actions}
-    first, _ = parser.parse_known_args(argv)
-    defaults = yaml.safe_load(Path(first.config).read_text()) or {}
-    if unknown := sorted(defaults.keys() - known):
-        parser.error(f"{first.config} has unknown keys: {', '.join(unknown)}; see --help for the options")
-    parser.set_defaults(**defaults)
+    unknown = sorted(defaults.keys() - known)
+    if unknown and types[1] is not ProtectionArguments:
+        parser.error(f"the configuration file has unknown keys: {', '.join(unknown)}; see --help for the options")
+    parser.set_defaults(**{key: value for key, value in defaults.items() if key in known})
     recipe, config = parser.parse_args_into_dataclasses(argv)
     return recipe, config
 
@@ -122,25 +139,36 @@ def load(recipe: RecipeArguments, side: str) -> DatasetDict:
     return load_domain(options.pop("dataset"), **options)
 
 
-def base_model(recipe: RecipeArguments, labels: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor, bool]:
-    """Return model, image processor and whether the model still has to learn the source's classes."""
+def base_model(recipe: RecipeArguments, labels: list[str], seed: int) -> BaseModel:
+    """Load the model to protect, or make a small ViT, and tell whether it knows the source's classes."""
+    import torch
     from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
 
-    from hf_ntp.models import replace_head
+    from hf_ntp.models import find_head, replace_head
     from hf_ntp.training.pretraining import small_vit
 
+    rate = recipe.pretrain_learning_rate
     if recipe.model_name_or_path is None:
-        model = small_vit(labels, SMALL_VIT_SIZE)
         size = {"height": SMALL_VIT_SIZE, "width": SMALL_VIT_SIZE}
-        return model, ViTImageProcessorPil(size=size), True
+        model = small_vit(labels, SMALL_VIT_SIZE, seed)
+        return BaseModel(model, ViTImageProcessorPil(size=size), rate or 1e-3)
     name, revision = recipe.model_name_or_path, recipe.model_revision
-    model = AutoModelForImageClassification.from_pretrained(name, revision=revision)
+    model, loading = AutoModelForImageClassification.from_pretrained(
+        name, revision=revision, dtype=torch.float32, output_loading_info=True
+    )
     processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
-    new_head = model.config.num_labels != len(labels)
-    if new_head:
-        print(f"{name} has {model.config.num_labels} classes, the source {len(labels)}: training a new head on it.")
-        replace_head(model, labels)
-    return model, processor, new_head
+    found = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    generic = found == [f"LABEL_{i}" for i in range(len(labels))]
+    headless = any(key.startswith(find_head(model)[0]) for key in loading["missing_keys"])
+    if not headless and (found == labels or generic):
+        return BaseModel(model, processor, None)
+    print(
+        f"{name} does not classify the source ({len(found)} classes: {', '.join(found[:4])}, ...; the source has "
+        f"{len(labels)}: {', '.join(labels[:4])}, ...). It gets a new head and is fine-tuned on the source for "
+        f"{recipe.pretrain_steps} steps first."
+    )
+    replace_head(model, labels)
+    return BaseModel(model, processor, rate or 5e-5)
 
 
 def save(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
@@ -162,17 +190,19 @@ def show(run: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    """Run the recipe and return the content of ``results.json``."""
+    """Run the recipe and return the content of ``results.json`` (on the first process; {} on the others)."""
     recipe, config = parse(argv)
 
     import shutil
 
-    from accelerate import PartialState
+    from accelerate.utils import wait_for_everyone
     from transformers import AutoModelForImageClassification
     from transformers.trainer_utils import get_last_checkpoint
 
     import hf_ntp
-    from hf_ntp.data import RandomShift
+    from hf_ntp.data import RandomShift, check_target
+    from hf_ntp.evaluation.runner import check_seeds
+    from hf_ntp.functional import check_sample_sizes
     from hf_ntp.publishing.record import weight_digests
     from hf_ntp.publishing.report import build_results, write_report
     from hf_ntp.run_folder import Stopwatch, claim_run_folder, whole_folder
@@ -182,30 +212,40 @@ def main(argv: list[str]) -> dict[str, Any]:
     protocol = hf_ntp.FineTuneProtocol(
         recipe.attack_steps, recipe.attack_batch_size, tuple(recipe.attack_learning_rates)
     )
+    check_sample_sizes(recipe.sample_sizes)
+    check_seeds(recipe.attack_seeds)
     source, target = load(recipe, "source"), load(recipe, "target")
+    check_target(source["train"]["label"], "the source")
+    check_target(target["train"]["label"])
     target["owner"], target["attacker"] = hf_ntp.split_owner_attacker(target.pop("train"), recipe.owner_fraction)
     for seed in recipe.attack_seeds:
         hf_ntp.nested_subsets(target["attacker"]["label"], recipe.sample_sizes, seed)
-    model, processor, untrained = base_model(recipe, source["train"].features["label"].names)
+    start = base_model(recipe, source["train"].features["label"].names, config.seed)
     authorized, unauthorized = (
-        {part: hf_ntp.PixelDataset.from_dataset(data, processor) for part, data in domain.items()}
+        {part: hf_ntp.PixelDataset.from_dataset(data, start.processor) for part, data in domain.items()}
         for domain in (source, target)
     )
-    settings = {key: value for key, value in vars(recipe).items() if key not in _FREE}
-    run = claim_run_folder(str(config.output_dir), {**settings, **config.fingerprint()})
+    settings = {key: value for key, value in vars(recipe).items() if key not in _FREE} | config.fingerprint()
+    run, first = Path(str(config.output_dir)), config.process_index == 0
+    if first:
+        claim_run_folder(run, settings)
+    wait_for_everyone()
     if (run / "protected").exists():
-        return show(run)
-    watch, state, augment = Stopwatch(run / "seconds.json"), PartialState(), RandomShift(recipe.augment_shift)
+        return show(run) if first else {}
+    watch, augment = Stopwatch(run / "seconds.json" if first else None), RandomShift(recipe.augment_shift)
 
-    base = run / "unprotected"
+    base, weights, model = run / "unprotected", run / "work" / "protected", start.model
     with watch("pretrain"):
         if base.exists():
             model = AutoModelForImageClassification.from_pretrained(base)
-        elif untrained:
-            steps, rate = recipe.pretrain_steps, recipe.pretrain_learning_rate
-            train_classifier(model, authorized["train"], str(run / "work"), steps, rate, transform=augment)
-    if state.is_main_process and not base.exists():
-        save(base, model, processor)
+        elif start.learning_rate is not None:
+            train_classifier(
+                model, authorized["train"], str(run / "work"), recipe.pretrain_steps, start.learning_rate,
+                transform=augment, seed=config.seed,
+            )  # fmt: skip
+    if first and not base.exists():
+        save(base, model, start.processor)
+    wait_for_everyone()
 
     config.output_dir = str(run / "work")
     trainer = hf_ntp.NTPTrainer(
@@ -214,16 +254,16 @@ def main(argv: list[str]) -> dict[str, Any]:
         authorized["train"],
         {Path(recipe.target_dataset).name: unauthorized["owner"]},
         eval_dataset=authorized["validation"],
-        processing_class=processor,
+        processing_class=start.processor,
         source_transform=augment,
     )
-    weights = run / "work" / "protected"
     with watch("protect"):
         if not weights.exists():
             trainer.train(get_last_checkpoint(config.output_dir) if Path(config.output_dir).exists() else None)
-            if state.is_main_process:
-                save(weights, model, processor)
-    if not state.is_main_process:
+            if first:
+                save(weights, model, start.processor)
+    wait_for_everyone()
+    if not first:
         return {}
 
     attack = hf_ntp.AttackData(*(unauthorized[part] for part in ("attacker", "validation", "test")))
@@ -236,13 +276,12 @@ def main(argv: list[str]) -> dict[str, Any]:
         hf_ntp.DomainReference.of(recipe.source_dataset, source, recipe.source_config, recipe.source_revision),
         hf_ntp.DomainReference.of(recipe.target_dataset, target, recipe.target_config, recipe.target_revision),
     )
-    results = build_results(*references, measured, watch.seconds)
-    method = {name: getattr(config, name) for name in ProtectionArguments.__dataclass_fields__}
     name = recipe.model_name_or_path
     origin = {"name": None if name is None or Path(name).exists() else name, "weights": weight_digests(base)}
     with whole_folder(run / "protected") as folder:
         shutil.copytree(weights, folder, dirs_exist_ok=True)
-        write_report(folder, results, *references, origin, method, recipe.repo_id, recipe.license)
+        results = build_results(*references, measured, watch.seconds)
+        write_report(folder, results, *references, origin, config.summary(), recipe.repo_id, recipe.license)
     return show(run)
 
 

@@ -116,11 +116,12 @@ def _is_label(value: object, num_labels: int) -> bool:
     return 0 <= int(value) < num_labels
 
 
-def check_target(labels: Iterable[Any]) -> None:
-    """Check that a target domain can be classified at all.
+def check_target(labels: Iterable[Any], dataset_name: str = "the target") -> None:
+    """Check that a domain can be classified at all.
 
     Args:
         labels: Labels of all rows: a list, an array or a tensor, ``[n]``.
+        dataset_name: How the dataset is called in the message.
 
     Raises:
         ValueError: If there are no rows, or rows of fewer than two classes.
@@ -130,8 +131,8 @@ def check_target(labels: Iterable[Any]) -> None:
     if len(classes) < 2:
         found = f"{len(array)} rows of class {classes[0]} only" if len(classes) else "no rows"
         raise ValueError(
-            f"the target has {found}; at least 2 classes are needed to measure transfer to it. "
-            "Choose another target, or check its split and label column."
+            f"{dataset_name} has {found}; at least 2 classes are needed to measure anything on it. "
+            "Choose another dataset, or check its split and label column."
         )
 
 

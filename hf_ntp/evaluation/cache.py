@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..run_folder import whole_file
+from ..run_folder import file_digest, whole_file
 
 # Raise it when a change to fine_tune.py changes results.
 FIT_VERSION = 1
@@ -17,15 +17,6 @@ FIT_VERSION = 1
 def content_key(content: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of a JSON-ready description of everything that determines a result."""
     return hashlib.sha256(json.dumps({"version": FIT_VERSION, **content}, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def checkpoint_digest(folder: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from transformers import (
     get_scheduler,
 )
 
-from ..models import find_head, replace_head
+from ..models import prunable_weights, replace_head
 from .protocol import Arm, FineTuneProtocol
 
 
@@ -33,18 +33,20 @@ def build_model(arm: Arm, num_labels: int, seed: int) -> PreTrainedModel:
     """Load or initialise the arm's encoder and put a fresh head with ``num_labels`` outputs on it."""
     torch.manual_seed(seed)
     if arm.random_init:
-        model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(arm.checkpoint))
+        model = AutoModelForImageClassification.from_config(
+            AutoConfig.from_pretrained(arm.checkpoint), dtype=torch.float32
+        )
     else:
-        model = AutoModelForImageClassification.from_pretrained(arm.checkpoint)
+        model = AutoModelForImageClassification.from_pretrained(arm.checkpoint, dtype=torch.float32)
     replace_head(model, num_labels, torch.Generator().manual_seed(seed))
     return model
 
 
 def zero_masks(model: PreTrainedModel) -> list[tuple[nn.Parameter, Tensor]]:
-    """Masks of the zeros that a checkpoint came with: every matrix or kernel outside the head that holds any."""
-    head, _ = find_head(model)
-    weights = [p for name, p in model.named_parameters() if p.dim() > 1 and not name.startswith(f"{head}.")]
-    return [(weight, weight.detach() != 0) for weight in weights if bool((weight == 0).any())]
+    """Pruning masks that a checkpoint came with: the zeros of its prunable weights (patterns of ``config.ntp``)."""
+    notes: dict[str, Any] = getattr(model.config, "ntp", None) or {}
+    weights = prunable_weights(model, notes.get("prune_include") or (), notes.get("prune_exclude") or ())
+    return [(weight, weight.detach() != 0) for weight in weights.values()]
 
 
 def fine_tune(

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, PreTrainedModel, default_data_collator
 
 from ..data import PixelDataset
+from ..functional import check_sample_sizes
 from ..models import LiveWeights, live_weights, prunable_weights, zero_fraction
 from .fine_tune import accuracy_of
 from .protocol import Arm, FineTuneProtocol, standard_arms
@@ -89,7 +90,10 @@ def measure_protection(
         jobs: Processes.
     """
     protocol = protocol or FineTuneProtocol()
-    before, after = (AutoModelForImageClassification.from_pretrained(path) for path in (unprotected, protected))
+    check_sample_sizes(sample_sizes)
+    before, after = (
+        AutoModelForImageClassification.from_pretrained(path, dtype=torch.float32) for path in (unprotected, protected)
+    )
     accuracy = SourceAccuracy(accuracy_of(before, source_test), accuracy_of(after, source_test), len(source_test))
     shared: dict[str, Any] = {"data": target, "seeds": seeds, "cache_dir": cache_dir, "jobs": jobs}
     arms = standard_arms(str(unprotected), str(protected))
@@ -106,7 +110,7 @@ def measure_protection(
 def measure_sparsity(model: PreTrainedModel, source: PixelDataset, requested: float | None = None) -> SparsityReport:
     """Count zeros over prunable and over live weights of a protected model."""
     notes: dict[str, Any] = getattr(model.config, "ntp", None) or {}
-    weights = prunable_weights(model, notes.get("prune_include", ()), notes.get("prune_exclude", ()))
+    weights = prunable_weights(model, notes.get("prune_include") or (), notes.get("prune_exclude") or ())
     some = torch.utils.data.Subset(source, range(min(len(source), _LIVE_IMAGES)))
     live: LiveWeights = live_weights(model, weights, DataLoader(some, 64, collate_fn=default_data_collator))
     achieved = zero_fraction(list(weights.values()))
@@ -122,7 +126,9 @@ def measure_sparsity(model: PreTrainedModel, source: PixelDataset, requested: fl
 def scratch_convergence(
     scratch: Arm, curves: LearningCurves, protocol: FineTuneProtocol, shared: dict[str, Any]
 ) -> ScratchConvergence:
-    """Train the scratch arm three times as long at the largest size: an under-trained baseline flatters every model.
+    """Train the scratch arm three times as long at the largest size, at the rate that was chosen there.
+
+    An under-trained baseline would flatter every model.
 
     Args:
         scratch: The arm with ``random_init``.
@@ -131,7 +137,8 @@ def scratch_convergence(
         shared: Other arguments of :func:`sample_wise_learning_curves`.
     """
     size = curves.sample_sizes[-1]
-    longer = replace(protocol, steps=3 * protocol.steps)
+    rate = curves.learning_rates["scratch"][-1]
+    longer = replace(protocol, steps=3 * protocol.steps, learning_rates=(rate,))
     control = sample_wise_learning_curves([scratch], sample_sizes=[size], protocol=longer, **shared)
     return ScratchConvergence(
         sample_size=size,

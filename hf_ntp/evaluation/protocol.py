@@ -20,9 +20,9 @@ class FineTuneProtocol:
         ValueError: For values that cannot work.
     """
 
-    steps: int = 800
+    steps: int = 600
     batch_size: int = 32
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3)
     weight_decay: float = 0.01
     warmup_steps: int = 20
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import joblib
 import numpy as np
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
 from tqdm.auto import tqdm
@@ -61,6 +62,12 @@ class LearningCurves:
     fits: int
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise ``ValueError`` unless there is a seed and none occurs twice: a repeated seed is no second measurement."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}; needed: at least one, each of them once, such as 0 1 2.")
+
+
 class _Fit(NamedTuple):
     arm: Arm
     size: int
@@ -95,6 +102,7 @@ def sample_wise_learning_curves(
         ValueError: For sizes that are unsorted, repeated or larger than the set.
     """
     protocol = protocol or FineTuneProtocol()
+    check_seeds(seeds)
     subsets = {seed: nested_subsets(data.train.labels, sample_sizes, seed) for seed in seeds}
     arms = [replace(arm, checkpoint=_local(arm.checkpoint)) for arm in arms]
     fits = [
@@ -136,7 +144,7 @@ def _run_all(
     keys = {fit: describe(fit) for fit in fits}
     results = {fit: Accuracies(**found) for fit in fits if (found := cache.get(keys[fit]))}
     missing = [fit for fit in fits if fit not in results]
-    jobs = jobs or (1 if torch.accelerator.is_available() else len(os.sched_getaffinity(0)))
+    jobs = jobs or (1 if torch.accelerator.is_available() else joblib.cpu_count())
     work = (joblib.delayed(_run)(fit, subsets[fit.seed][fit.size], data, protocol) for fit in missing)
     with joblib.parallel_config("loky", inner_max_num_threads=1) if jobs > 1 else joblib.parallel_config("sequential"):
         finished = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)(work)
@@ -146,14 +154,31 @@ def _run_all(
     return results
 
 
-def _run(fit: _Fit, rows: np.ndarray, data: AttackData, protocol: FineTuneProtocol) -> tuple[_Fit, Accuracies]:
+@contextmanager
+def _quick_and_quiet() -> Iterator[None]:
+    """Flush denormal numbers and hide the loading bar of every single fit.
+
+    Moments of weights that get no gradient decay into denormals, which cost many times what an ordinary number does.
+    """
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     torch.set_flush_denormal(True)
-    model = build_model(fit.arm, data.num_labels, fit.seed)
-    if device := torch.accelerator.current_accelerator(check_available=True):
-        nn.Module.to(model, device)
-    images, labels = data.train.tensors(rows)
-    fine_tune(model, images, labels, protocol, fit.learning_rate, fit.seed, fit.arm.keep_mask)
-    return fit, Accuracies(accuracy_of(model, data.validation), accuracy_of(model, data.test))
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _run(fit: _Fit, rows: np.ndarray, data: AttackData, protocol: FineTuneProtocol) -> tuple[_Fit, Accuracies]:
+    with _quick_and_quiet():
+        model = build_model(fit.arm, data.num_labels, fit.seed)
+        if torch.accelerator.is_available():
+            nn.Module.to(model, torch.accelerator.current_accelerator())
+        images, labels = data.train.tensors(rows)
+        fine_tune(model, images, labels, protocol, fit.learning_rate, fit.seed, fit.arm.keep_mask)
+        return fit, Accuracies(accuracy_of(model, data.validation), accuracy_of(model, data.test))
 
 
 class _Describer:
@@ -164,6 +189,8 @@ class _Describer:
         del settings["learning_rates"]
         self._common = {
             "protocol": settings,
+            "device": str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"),
+            "versions": [torch.__version__, transformers.__version__],
             "data": [part.fingerprint for part in (data.train, data.validation, data.test)],
         }
         self._starts: dict[Arm, dict[str, object]] = {}

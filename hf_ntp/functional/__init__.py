@@ -1,19 +1,18 @@
 """The mathematics: pure functions on tensors, no models, no data, no training."""
 
 from .admm import (
-    Residuals,
     add_penalty_gradient_,
+    dual_residual,
     hard_anchor,
     hard_dual,
     penalty,
-    residuals,
+    primal_residual,
     soft_anchor,
     soft_dual,
 )
 from .fisher import (
     between_class_scatter,
     class_means,
-    total_scatter,
     trace_ratio,
     whitened_discriminant,
     within_class_scatter,
@@ -28,6 +27,7 @@ from .learning_curve import (
 )
 from .losses import clamped_ascent, uniform_cross_entropy
 from .proximal import (
+    GlobalSelector,
     apportion_zeros,
     cardinality_mask,
     cubic_sparsity,
@@ -42,8 +42,8 @@ from .proximal import (
 
 __all__ = [
     "SLCAUC",
+    "GlobalSelector",
     "Interval",
-    "Residuals",
     "add_penalty_gradient_",
     "apportion_zeros",
     "between_class_scatter",
@@ -53,22 +53,22 @@ __all__ = [
     "class_means",
     "confidence_interval",
     "cubic_sparsity",
+    "dual_residual",
     "global_cardinality_mask",
     "hard_anchor",
     "hard_dual",
     "n_m_mask",
     "num_zeros",
     "penalty",
+    "primal_residual",
     "project_cardinality",
     "project_global_cardinality",
     "project_n_m",
-    "residuals",
     "retained_transfer",
     "slc_auc",
     "soft_anchor",
     "soft_dual",
     "soft_threshold",
-    "total_scatter",
     "trace_ratio",
     "uniform_cross_entropy",
     "whitened_discriminant",

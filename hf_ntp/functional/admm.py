@@ -15,20 +15,8 @@ because the penalty's gradient is rho (W - V).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-
-class Residuals(NamedTuple):
-    """Convergence measures of ADMM, summed over all weights (scalars)."""
-
-    primal: Tensor
-    """``||W - Z||``: how far the weights are from their sparse copy."""
-    dual: Tensor
-    """``rho * ||Z - Z_previous||``: how far the sparse copy still moves."""
 
 
 def penalty(weight: Tensor, anchor: Tensor, rho: float) -> Tensor:
@@ -68,15 +56,14 @@ def soft_dual(x: Tensor, threshold: float) -> Tensor:
     return x.clamp(-threshold, threshold)
 
 
-def residuals(weights: Sequence[Tensor], new: Sequence[Tensor], old: Sequence[Tensor], rho: float) -> Residuals:
-    """Primal and dual residuals after a Z-step.
+def primal_residual(weight: Tensor, sparse: Tensor) -> Tensor:
+    """``||W - Z||^2`` of one layer, a scalar: how far the weights are from their sparse copy.
 
-    Args:
-        weights: W of every layer.
-        new: Z after the step.
-        old: Z before the step.
-        rho: Penalty parameter.
+    The residual of the whole problem is the root of the sum over layers.
     """
-    primal = sum((w - z).square().sum() for w, z in zip(weights, new, strict=True))
-    dual = sum((z - z_old).square().sum() for z, z_old in zip(new, old, strict=True))
-    return Residuals(torch.as_tensor(primal).sqrt(), rho * torch.as_tensor(dual).sqrt())
+    return (weight - sparse).square().sum()
+
+
+def dual_residual(sparse: Tensor, previous: Tensor, rho: float) -> Tensor:
+    """``rho^2 * ||Z - Z_previous||^2`` of one layer, a scalar: how far the sparse copy still moves."""
+    return rho**2 * (sparse - previous).square().sum()

@@ -106,13 +106,3 @@ def whitened_discriminant(features: Tensor, labels: Tensor, num_classes: int, sh
     scatter = (1 - shrinkage) * within.mT @ within + ridge[..., None, None] * identity
     factor, _ = torch.linalg.cholesky_ex(scatter)
     return torch.linalg.solve_triangular(factor, between.mT, upper=False).square().sum((-2, -1))
-
-
-def total_scatter(features: Tensor) -> Tensor:
-    """tr(S_T): mean squared distance of the vectors to their mean, a scalar; leading axes are all samples.
-
-    Args:
-        features: [..., D].
-    """
-    flat = features.flatten(0, -2).float()
-    return (flat - flat.mean(0)).square().sum() / len(flat)

@@ -10,7 +10,7 @@ comes first is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -96,12 +96,55 @@ def project_cardinality(x: Tensor, sparsity: float) -> Tensor:
     return x * cardinality_mask(x, num_zeros(x.numel(), sparsity))
 
 
+def _magnitude_bits(x: Tensor) -> Tensor:
+    """Magnitudes as integers in the same order: the bits of non-negative floats sort like the floats."""
+    return x.detach().float().abs().flatten().view(torch.int32)
+
+
+class GlobalSelector:
+    """Masks for "the smallest magnitudes over all tensors together", one tensor at a time and exactly.
+
+    Two counting passes over the tensors find the threshold, so that nothing the size of all weights is ever made.
+
+    Args:
+        tensors: Called twice; gives the tensors one after another.
+        sparsity: Fraction of zeros over all of them, in [0, 1).
+    """
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], sparsity: float) -> None:
+        zeros = num_zeros(sum(tensor.numel() for tensor in tensors()), sparsity)
+        self._threshold, self._ties_kept = -1, 0
+        if zeros == 0:
+            return
+        high, below = self._bucket(tensors, zeros, lambda bits: bits >> 16)
+        low, below_low = self._bucket(tensors, zeros - below, lambda bits: (bits & 0xFFFF)[bits >> 16 == high])
+        self._threshold = (high << 16) | low
+        ties = sum(int((_magnitude_bits(tensor) == self._threshold).sum()) for tensor in tensors())
+        self._ties_kept = ties - (zeros - below - below_low)
+
+    @staticmethod
+    def _bucket(
+        tensors: Callable[[], Iterable[Tensor]], zeros: int, key: Callable[[Tensor], Tensor]
+    ) -> tuple[int, int]:
+        """Return the bucket in which the ``zeros``-th smallest entry lies, and how many entries lie below it."""
+        counts = sum(torch.bincount(key(_magnitude_bits(tensor)), minlength=1 << 16) for tensor in tensors())
+        running = torch.as_tensor(counts).cumsum(0)
+        bucket = int(torch.searchsorted(running, zeros))
+        return bucket, int(running[bucket - 1]) if bucket else 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Mask of the next tensor; call once per tensor, in the order they were given in."""
+        bits = _magnitude_bits(tensor)
+        tied = bits == self._threshold
+        kept = tied & (tied.cumsum(0) <= self._ties_kept)
+        self._ties_kept -= int(kept.sum())
+        return ((bits > self._threshold) | kept).view(tensor.shape)
+
+
 def global_cardinality_mask(tensors: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     """Masks that drop the smallest magnitudes over *all* tensors together, ``num_zeros`` of them in total."""
-    flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
-    mask = cardinality_mask(flat, num_zeros(flat.numel(), sparsity))
-    parts = mask.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    select = GlobalSelector(lambda: tensors, sparsity)
+    return [select(tensor) for tensor in tensors]
 
 
 def project_global_cardinality(tensors: Sequence[Tensor], sparsity: float) -> list[Tensor]:

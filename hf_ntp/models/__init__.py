@@ -1,26 +1,28 @@
 """Vision encoders: head, features, prunable weights."""
 
 from .encoder import (
-    FeatureTap,
     LiveWeights,
+    check_precision,
     find_head,
     frozen_batch_norm_statistics,
     has_batch_norm,
     live_weights,
     prunable_weights,
+    recorded_features,
     replace_head,
     stage_features,
     zero_fraction,
 )
 
 __all__ = [
-    "FeatureTap",
     "LiveWeights",
+    "check_precision",
     "find_head",
     "frozen_batch_norm_statistics",
     "has_batch_norm",
     "live_weights",
     "prunable_weights",
+    "recorded_features",
     "replace_head",
     "stage_features",
     "zero_fraction",

@@ -24,7 +24,7 @@ def find_head(model: PreTrainedModel, head_name: str | None = None) -> tuple[str
 
     Args:
         model: Any model with an image-classification head.
-        head_name: Dotted module name, where the rule is ambiguous.
+        head_name: Dotted module name, where the rule is ambiguous; default what ``config.ntp`` says, if anything.
 
     Returns:
         The head's dotted name and module.
@@ -33,6 +33,7 @@ def find_head(model: PreTrainedModel, head_name: str | None = None) -> tuple[str
         ValueError: If there is no such layer or more than one.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    head_name = head_name or (getattr(model.config, "ntp", None) or {}).get("head_name")
     if head_name is not None:
         if head_name not in linears:
             raise ValueError(
@@ -78,6 +79,15 @@ def replace_head(
     if not isinstance(labels, int):
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: i for i, label in enumerate(labels)}
+
+
+def check_precision(model: PreTrainedModel) -> None:
+    """Raise ``ValueError`` for half-precision weights: small updates and the ADMM penalty would round away."""
+    if found := {str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}:
+        raise ValueError(
+            f"the model's weights are {', '.join(sorted(found))}; needed: float32. Load it with dtype=torch.float32; "
+            "for speed, set bf16=True in NTPConfig: the computation is then in bfloat16 and the weights stay exact."
+        )
 
 
 def prunable_weights(
@@ -130,29 +140,19 @@ def zero_fraction(weights: Sequence[Tensor]) -> float:
     return zeros / sum(weight.numel() for weight in weights)
 
 
-class FeatureTap:
-    """Records what enters the classification head, [N, D], on every forward pass, differentiable.
+@contextmanager
+def recorded_features(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Give a list that receives what enters the classification head, [N, D], differentiable.
 
-    A forward pre-hook on the head gives the pooled features of any architecture without knowing its pooling.
+    A forward pre-hook on the head gives the pooled features of any architecture without knowing its pooling. The hook
+    lives as long as the block: nothing stays on the user's model.
     """
-
-    def __init__(self, head: nn.Module) -> None:
-        self._features: Tensor | None = None
-        self._handle = head.register_forward_pre_hook(self._record)
-
-    def _record(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._features = args[0]
-
-    def take(self) -> Tensor:
-        """Return the features of the last forward pass and forget them, so that no graph is kept alive."""
-        if self._features is None:
-            raise RuntimeError("no features recorded: run the model forward before taking its features.")
-        features, self._features = self._features, None
-        return features
-
-    def close(self) -> None:
-        """Remove the hook."""
-        self._handle.remove()
+    features: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, args: features.append(args[0]))
+    try:
+        yield features
+    finally:
+        handle.remove()
 
 
 def stage_features(hidden_states: Sequence[Tensor] | None) -> tuple[Tensor, ...]:

@@ -89,6 +89,7 @@ def render_card(
         record=record,
         repo_id=repo_id,
         rows=rows,
+        disjoint=_disjoint(record),
         percent=lambda value: f"{100 * value:.1f} %",
         signed=lambda value: f"{value:+.3f}",
         interval=lambda bounds: "one seed" if bounds[0] is None else f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]",
@@ -100,3 +101,9 @@ def _retained(shares: Mapping[str, float | None], arm: str) -> str:
         return "100 %"
     share = shares[arm.removeprefix("protected_")]
     return "no transfer to retain" if share is None else f"{100 * share:.0f} %"
+
+
+def _disjoint(record: Mapping[str, Any]) -> bool:
+    """Whether the record shows that owner and attacker had parts of their own of every unauthorized domain."""
+    prints = [domain["fingerprint"] for domain in record["unauthorized_domains"]]
+    return all({"owner", "attacker"} <= part.keys() and part["owner"] != part["attacker"] for part in prints)

@@ -10,8 +10,7 @@ from typing import Any, NoReturn
 
 from jsonschema import Draft202012Validator
 
-from ..evaluation.cache import file_digest
-from ..run_folder import whole_file
+from ..run_folder import file_digest, whole_file
 
 RECORD_FILE = "authorization.json"
 SCHEMA_VERSION = 1

@@ -84,7 +84,7 @@ def build_record(
         target: Unauthorized domain.
         base_model: "name" (Hub id or None) and "weights" (digest of every file).
         weights: Digest of every weight file.
-        settings: Options of the method.
+        settings: Everything that determined the run.
     """
     slc = results["slc"]
     return {
@@ -102,7 +102,7 @@ def build_record(
             "images": results["source"]["test_images"],
         },
         "evidence": {
-            **{key: slc[key] for key in ("sample_sizes", "seeds", "protocol")},
+            **{key: slc[key] for key in ("sample_sizes", "seeds", "protocol", "scratch_convergence")},
             "slc_auc": results["slc_auc"],
             "retained_transfer": results["retained_transfer"],
         },

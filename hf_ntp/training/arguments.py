@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+
+
+def parse_n_m(pattern: str) -> tuple[int, int] | None:
+    """Return (n, m) for a pattern such as "2:4", and None for any other word."""
+    n, colon, m = pattern.partition(":")
+    return (int(n), int(m)) if colon and n.isdigit() and m.isdigit() else None
 
 
 @dataclass
@@ -29,7 +36,9 @@ class ProtectionArguments:
     head_name: str | None = field(
         default=None, metadata={"help": "Dotted name of the classification head, where it cannot be found by rule."}
     )
-    rho: float = field(default=0.05, metadata={"help": "ADMM penalty parameter, > 0."})
+    rho: float = field(
+        default=0.05, metadata={"help": "ADMM penalty parameter, > 0; added to the gradient after clipping."}
+    )
     l1_weight: float = field(default=1e-4, metadata={"help": "Weight of the L1 norm for prune_pattern='l1', > 0."})
     admm_interval: int = field(default=16, metadata={"help": "Optimizer steps between two Z-steps, >= 1."})
     pruning_begin: float = field(default=0.0, metadata={"help": "Share of all steps after which pruning begins."})
@@ -89,11 +98,11 @@ class ProtectionArguments:
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity is {self.sparsity}; needed: a fraction of zeros in [0, 1), such as 0.7.")
         for name in ("rho", "l1_weight", "target_head_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; needed: a positive number.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; needed: a positive, finite number.")
         for name in ("target_weight", "fisher_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; needed: 0 (off) or a positive number.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; needed: 0 (off) or a positive, finite number.")
         for name in ("admm_interval", "target_head_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: an integer >= 1.")
@@ -109,6 +118,11 @@ class ProtectionArguments:
         for name in ("fisher_shrinkage", "target_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: a value in [0, 1].")
+        if self.fisher == "whitened" and self.fisher_shrinkage == 0:
+            raise ValueError(
+                "fisher is 'whitened' and fisher_shrinkage is 0; needed: a positive share, such as 0.1. The scatter "
+                "matrix of a batch smaller than the feature width cannot be inverted."
+            )
         if not 0 <= self.pruning_begin < self.pruning_end <= 1:
             raise ValueError(
                 f"pruning_begin is {self.pruning_begin} and pruning_end is {self.pruning_end}; needed: "
@@ -119,13 +133,13 @@ class ProtectionArguments:
     def _check_pattern(self) -> None:
         if self.prune_pattern in ("layer", "global", "l1"):
             return
-        n, _, m = self.prune_pattern.partition(":")
-        if not (n.isdigit() and m.isdigit() and 0 < int(n) <= int(m)):
+        n, m = parse_n_m(self.prune_pattern) or (0, 0)
+        if not 0 < n <= m:
             raise ValueError(
                 f"prune_pattern is {self.prune_pattern!r}; needed: 'layer', 'global', 'l1', or 'N:M' with "
                 "0 < N <= M, such as '2:4'."
             )
-        implied = 1 - int(n) / int(m)
+        implied = 1 - n / m
         if abs(self.sparsity - implied) > 1e-9:
             raise ValueError(
                 f"prune_pattern {self.prune_pattern!r} leaves {implied:g} zeros but sparsity is {self.sparsity}; "

@@ -27,36 +27,39 @@ def save_state(folder: Path, pruner: ADMMPruner, heads: Mapping[str, TargetHead]
     (folder / SCALARS_FILE).write_text(json.dumps({"pruner": pruner.scalars(), "settings": settings}, indent=2))
 
 
-def load_state(folder: Path, pruner: ADMMPruner, heads: Mapping[str, TargetHead], settings: Mapping[str, Any]) -> None:
-    """Restore what :func:`save_state` wrote.
-
-    Raises:
-        FileNotFoundError: If the folder is not a checkpoint of a protection run.
-        ValueError: If it was written under other settings, data or weights.
-    """
-    scalars_path = folder / SCALARS_FILE
-    if not scalars_path.is_file():
+def _read_scalars(folder: Path) -> dict[str, Any]:
+    path = folder / SCALARS_FILE
+    if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no {SCALARS_FILE}: it is not a checkpoint of NTPTrainer. Pass a checkpoint-N folder that a "
             "protection run wrote, or start anew without resume_from_checkpoint."
         )
-    scalars = json.loads(scalars_path.read_text())
-    _require_same(scalars["settings"], settings, folder)
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(folder / TENSORS_FILE).items():
-        group, _, key = name.rpartition("/")
-        groups.setdefault(group, {})[key] = tensor
-    pruner.load(groups.get("pruner", {}), scalars["pruner"])
-    for name, head in heads.items():
-        head.load(groups[f"head:{name}"])
+    return json.loads(path.read_text())
 
 
-def _require_same(found: Mapping[str, Any], needed: Mapping[str, Any], folder: Path) -> None:
-    if differing := differences(found, needed):
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Check that a checkpoint belongs to a run with these settings, before anything of it is loaded.
+
+    Raises:
+        FileNotFoundError: If the folder is not a checkpoint of a protection run.
+        ValueError: If it was written under other settings, data or architecture.
+    """
+    if differing := differences(_read_scalars(folder)["settings"], settings):
         raise ValueError(
             f"{folder} was written under other settings ({'; '.join(differing[:8])}); needed: the same, or the run "
             "could not end as if it had not been interrupted. Restore them, or start anew in another output_dir."
         )
+
+
+def load_state(folder: Path, pruner: ADMMPruner, heads: Mapping[str, TargetHead]) -> None:
+    """Restore what :func:`save_state` wrote; see :func:`check_settings`."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(folder / TENSORS_FILE).items():
+        group, _, key = name.rpartition("/")
+        groups.setdefault(group, {})[key] = tensor
+    pruner.load(groups.get("pruner", {}), _read_scalars(folder)["pruner"])
+    for name, head in heads.items():
+        head.load(groups[f"head:{name}"])
 
 
 def load_weights_strictly(model: PreTrainedModel, folder: str) -> None:
@@ -64,5 +67,5 @@ def load_weights_strictly(model: PreTrainedModel, folder: str) -> None:
 
     Trainer loads with ``strict=False`` and without key conversion: for ViT and many others nothing would be restored.
     """
-    saved = type(model).from_pretrained(folder, torch_dtype=model.dtype)
+    saved = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict(), strict=True)

@@ -13,10 +13,26 @@ from .arguments import ProtectionArguments
 _FREE = {
     "output_dir", "logging_dir", "run_name", "disable_tqdm", "report_to", "project", "trackio_space_id", "log_level",
     "log_level_replica", "logging_steps", "logging_strategy", "logging_first_step", "log_on_each_node", "save_steps",
-    "save_strategy", "save_total_limit", "save_only_model", "eval_steps", "eval_strategy", "eval_on_start",
+    "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "eval_on_start",
     "per_device_eval_batch_size", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_strategy",
     "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "dataloader_num_workers", "local_rank",
 }  # fmt: skip
+
+
+_SHAPES_A_RUN = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "weight_decay", "optim",
+    "adam_beta1", "adam_beta2", "bf16", "fp16", "seed",
+)  # fmt: skip
+
+# Options of Trainer that would silently undo what a protection run promises.
+_REFUSED = {
+    "remove_unused_columns": "It would drop the target half of every batch.",
+    "load_best_model_at_end": "The checkpoint with the best source accuracy is often one from before the mask was "
+    "fixed; only the last weights have the sparsity and the protection.",
+    "save_only_model": "Without the optimizer an interrupted run could not end as if it had not been interrupted.",
+    "auto_find_batch_size": "A second attempt would start from weights that the first one changed.",
+}
 
 
 @dataclass
@@ -44,14 +60,13 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
     def __post_init__(self) -> None:
         """Check the method's options, then let `TrainingArguments` check its own."""
         ProtectionArguments.__post_init__(self)
-        if self.remove_unused_columns:
+        for option, why in _REFUSED.items():
+            if getattr(self, option):
+                raise ValueError(f"{option} is True; needed: False. {why}")
+        if self.push_to_hub and self.hub_strategy != "end":
             raise ValueError(
-                "remove_unused_columns is True; needed: False, or the target half of every batch would be dropped."
-            )
-        if self.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end is True; needed: False. The checkpoint with the best source accuracy is often "
-                "one from before the mask was fixed; only the last weights have the sparsity and the protection."
+                f"push_to_hub is on with hub_strategy={str(self.hub_strategy)!r}; needed: 'end'. Any other strategy "
+                "puts checkpoints of the encoder that is not protected yet into the history of the repository."
             )
         if self.fp16 and self.max_grad_norm == 0:
             raise ValueError(
@@ -64,3 +79,9 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
         """JSON-ready options that determine the result; a checkpoint resumes only under the same ones."""
         everything = self.to_dict()
         return {f.name: everything[f.name] for f in fields(self) if f.name in everything and f.name not in _FREE}
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-ready options for the authorization record: the method's, and what of Trainer's shapes a run."""
+        names = [f.name for f in fields(ProtectionArguments)]
+        everything = self.to_dict()
+        return {name: everything[name] for name in (*names, *_SHAPES_A_RUN)}

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from typing import Any
+from typing import Any, TypeAlias
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import default_data_collator
+from transformers import BaseImageProcessor, default_data_collator
 
+from ..data import PixelDataset, check_labels, check_target
+
+ImageData: TypeAlias = datasets.Dataset | Dataset
 Index = tuple[int, int, tuple[int, ...]]
 Transform = Callable[[Tensor, np.random.Generator], Tensor]
 
@@ -41,7 +45,7 @@ class PairedDataset(Dataset):
         self.seed = seed
 
     def __len__(self) -> int:
-        return _length(self.source)
+        return length_of(self.source)
 
     def __getitem__(self, index: Index) -> dict[str, Any]:
         return self.__getitems__([index])
@@ -106,11 +110,21 @@ def _shuffled(size: int, length: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _rows(dataset: Dataset, indices: list[int]) -> list[dict[str, Tensor]]:
+    if isinstance(dataset, PixelDataset):
+        return dataset.__getitems__(indices)
     fetch = getattr(dataset, "__getitems__", None)
-    return fetch(indices) if fetch else [dataset[index] for index in indices]
+    rows = fetch(indices) if fetch else [dataset[index] for index in indices]
+    for index, row in zip(indices, rows, strict=True):
+        if not torch.isfinite(torch.as_tensor(row["pixel_values"])).all():
+            raise ValueError(
+                f"row {index} of a {type(dataset).__name__} has NaN or infinite pixel_values; needed: finite numbers. "
+                "Repair or remove the image."
+            )
+    return rows
 
 
-def _length(dataset: Dataset) -> int:
+def length_of(dataset: Dataset) -> int:
+    """Number of rows of a map-style dataset."""
     if not isinstance(dataset, Sized):
         raise TypeError(
             f"{type(dataset).__name__} has no length; needed: a map-style dataset. Streams cannot be resumed exactly: "
@@ -119,9 +133,51 @@ def _length(dataset: Dataset) -> int:
     return len(dataset)
 
 
-def labels_of(dataset: Dataset) -> Tensor:
-    """All labels of a dataset, [N] int64: its ``labels`` attribute where there is one, else read row by row."""
+def labels_of(dataset: Dataset, name: str) -> np.ndarray:
+    """All labels of a dataset, [N] int64: its ``labels`` attribute where there is one, else read row by row.
+
+    Args:
+        dataset: Map-style dataset.
+        name: What errors call it.
+
+    Raises:
+        ValueError: If rows have no "pixel_values" or "labels", or a label is not a class number.
+    """
+    size = length_of(dataset)
+    first = dataset[0] if size else {}
+    if size and not {"pixel_values", "labels"} <= set(first):
+        raise ValueError(
+            f"{name}: rows have the keys {sorted(first)}; needed: 'pixel_values' and 'labels'. Pass a "
+            "datasets.Dataset with an image and a label column, or rename the keys."
+        )
+    if size:
+        _rows(dataset, [0])
     labels = getattr(dataset, "labels", None)
-    if labels is None:
-        labels = [int(dataset[i]["labels"]) for i in range(_length(dataset))]
-    return torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+    labels = [dataset[i]["labels"] for i in range(size)] if labels is None else labels
+    values = np.asarray([label.item() if isinstance(label, Tensor) else label for label in labels])
+    check_target(values, name)
+    check_labels(values, int(np.iinfo(np.int64).max), name)
+    return values.astype(np.int64)
+
+
+def as_pixels(data: ImageData, image_processor: BaseImageProcessor | None, name: str) -> Dataset:
+    """Return a dataset of "pixel_values" and "labels": images are pre-processed once, other datasets kept.
+
+    Raises:
+        ValueError: If images come without a processor.
+    """
+    if not isinstance(data, datasets.Dataset):
+        return data
+    if image_processor is None:
+        raise ValueError(
+            f"{name} holds images but processing_class is None; needed: the model's image processor. Pass "
+            "processing_class=AutoImageProcessor.from_pretrained(..., backend='pil')."
+        )
+    return PixelDataset.from_dataset(data, image_processor)
+
+
+def evaluation_data(data: Any, image_processor: BaseImageProcessor | None) -> Any:
+    """Return what Trainer takes as ``eval_dataset``: one dataset or several by name, images pre-processed."""
+    if isinstance(data, dict):
+        return {name: as_pixels(part, image_processor, f"eval {name!r}") for name, part in data.items()}
+    return None if data is None else as_pixels(data, image_processor, "eval_dataset")

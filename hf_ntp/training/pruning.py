@@ -2,50 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import (
-    Residuals,
+    GlobalSelector,
     add_penalty_gradient_,
     apportion_zeros,
     cardinality_mask,
     cubic_sparsity,
-    global_cardinality_mask,
+    dual_residual,
     hard_anchor,
     hard_dual,
     n_m_mask,
-    residuals,
+    penalty,
+    primal_residual,
     soft_anchor,
     soft_dual,
     soft_threshold,
 )
+from .arguments import parse_n_m
 
 
-def parse_n_m(pattern: str) -> tuple[int, int] | None:
-    """Return (n, m) for a pattern such as "2:4", and None for any other word."""
-    n, colon, m = pattern.partition(":")
-    return (int(n), int(m)) if colon and n.isdigit() and m.isdigit() else None
+class ZStep(NamedTuple):
+    """What a Z-step leaves, over all weights (scalar tensors, not synchronised)."""
+
+    primal_residual: Tensor
+    """``||W - Z||``."""
+    dual_residual: Tensor
+    """``rho * ||Z - Z_previous||``."""
+    admm_penalty: Tensor
+    """``(rho / 2) * ||W - Z + U||^2``."""
+    sparsity: Tensor
+    """Fraction of zeros in Z."""
 
 
-def sparsity_masks(tensors: Sequence[Tensor], pattern: str, sparsity: float) -> list[Tensor]:
-    """Masks that keep the largest magnitudes of ``tensors`` at ``sparsity``.
+def mask_rule(
+    tensors: Callable[[], Iterable[Tensor]], pattern: str, sparsity: float
+) -> Callable[[int, Tensor], Tensor]:
+    """Return ``rule(i, tensor)``, the mask of the i-th tensor; call it for one tensor after another, in order.
 
     Args:
-        tensors: One per prunable weight.
+        tensors: Gives the tensors one after another, as often as it is called.
         pattern: "layer" or "l1" (every layer at the same sparsity), "global" (one budget for all), or "N:M".
         sparsity: Fraction of zeros. Below the final one an N:M pattern keeps more than N of every M.
     """
     if pattern == "global":
-        return global_cardinality_mask(tensors, sparsity)
+        select = GlobalSelector(tensors, sparsity)
+        return lambda i, tensor: select(tensor)
     if n_m := parse_n_m(pattern):
         n, m = n_m
         kept = max(n, round(m * (1 - sparsity)))
-        return [n_m_mask(tensor, kept, m) for tensor in tensors]
-    zeros = apportion_zeros([tensor.numel() for tensor in tensors], sparsity)
-    return [cardinality_mask(tensor, count) for tensor, count in zip(tensors, zeros, strict=True)]
+        return lambda i, tensor: n_m_mask(tensor, kept, m)
+    zeros = apportion_zeros([tensor.numel() for tensor in tensors()], sparsity)
+    return lambda i, tensor: cardinality_mask(tensor, zeros[i])
+
+
+def check_pattern(weights: Mapping[str, Tensor], pattern: str) -> None:
+    """Raise ``ValueError`` where an N:M pattern does not fit the rows of a weight; other patterns always fit."""
+    if n_m := parse_n_m(pattern):
+        misfits = [name for name, weight in weights.items() if weight.dim() < 2 or weight[0].numel() % n_m[1]]
+        if misfits:
+            raise ValueError(
+                f"prune_pattern {pattern!r} does not fit {len(misfits)} weights, such as {misfits[0]} of shape "
+                f"{tuple(weights[misfits[0]].shape)}; needed: rows whose length {n_m[1]} divides. Leave them out with "
+                "prune_exclude, or choose another pattern."
+            )
 
 
 class ADMMPruner:
@@ -101,40 +126,49 @@ class ADMMPruner:
             anchors = [soft_anchor(x, self.threshold) for x in anchors]
         add_penalty_gradient_(gradients, weights, anchors, self.rho)
 
-    def _sparse_and_shifted(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return Z of the last Z-step and W + U, with U recovered from the stored tensors."""
-        stored = list(self.stored.values())
-        if self._soft:
-            dual = [soft_dual(x, self.threshold) for x in stored]
-            sparse = [x - u for x, u in zip(stored, dual, strict=True)]
-        else:
-            masks = sparsity_masks(stored, self.pattern, self.sparsity)
-            dual = [hard_dual(v, mask) for v, mask in zip(stored, masks, strict=True)]
-            sparse = [v * mask for v, mask in zip(stored, masks, strict=True)]
-        return sparse, [weight + u for weight, u in zip(self.weights.values(), dual, strict=True)]
+    def _rule(self, sparsity: float, shifted: bool) -> Callable[[int, Tensor], Tensor]:
+        """Mask rule over the stored tensors, or over W + U."""
+        tensors: Callable[[], Iterable[Tensor]] = self._shifted if shifted else self.stored.values
+        return mask_rule(tensors, self.pattern, sparsity)
+
+    def _shifted(self) -> Iterator[Tensor]:
+        """Give W + U of one layer after another."""
+        old = self._rule(self.sparsity, shifted=False)
+        for i, (weight, stored) in enumerate(zip(self.weights.values(), self.stored.values(), strict=True)):
+            dual = soft_dual(stored, self.threshold) if self._soft else hard_dual(stored, old(i, stored))
+            yield weight + dual
 
     @torch.no_grad()
-    def update(self, progress: float) -> Residuals:
+    def update(self, progress: float) -> ZStep:
         """Z-step and U-step at the sparsity that the cubic schedule gives for ``progress`` in [0, 1].
 
-        Returns:
-            Primal and dual residuals (scalar tensors, not synchronised).
+        One layer after another: nothing larger than a few copies of the largest layer is made on the way.
 
         Raises:
             RuntimeError: If the mask is already fixed.
         """
         self._require_unfinished("update")
-        old, shifted = self._sparse_and_shifted()
-        self.sparsity = cubic_sparsity(progress, self.final_sparsity)
-        if self._soft:
-            new, stored = [soft_threshold(x, self.threshold) for x in shifted], shifted
-        else:
-            masks = sparsity_masks(shifted, self.pattern, self.sparsity)
-            new = [x * mask for x, mask in zip(shifted, masks, strict=True)]
-            stored = [hard_anchor(x, mask) for x, mask in zip(shifted, masks, strict=True)]
-        for target, value in zip(self.stored.values(), stored, strict=True):
-            target.copy_(value)
-        return residuals(list(self.weights.values()), new, old, self.rho)
+        sparsity = cubic_sparsity(progress, self.final_sparsity)
+        old, new = self._rule(self.sparsity, shifted=False), self._rule(sparsity, shifted=True)
+        sums = torch.zeros(4, device=next(iter(self.weights.values())).device)
+        for i, (weight, stored) in enumerate(zip(self.weights.values(), self.stored.values(), strict=True)):
+            if self._soft:
+                previous = soft_threshold(stored, self.threshold)
+                stored.copy_(weight + soft_dual(stored, self.threshold))
+                sparse, anchor = soft_threshold(stored, self.threshold), soft_anchor(stored, self.threshold)
+            else:
+                old_mask = old(i, stored)
+                previous = stored * old_mask
+                shifted = weight + hard_dual(stored, old_mask)
+                mask = new(i, shifted)
+                sparse, anchor = shifted * mask, stored.copy_(hard_anchor(shifted, mask))
+            sums[0] += primal_residual(weight, sparse)
+            sums[1] += dual_residual(sparse, previous, self.rho)
+            sums[2] += penalty(weight, anchor, self.rho)
+            sums[3] += (sparse == 0).sum()
+        self.sparsity = sparsity
+        total = sum(weight.numel() for weight in self.weights.values())
+        return ZStep(sums[0].sqrt(), sums[1].sqrt(), sums[2], sums[3] / total)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -144,11 +178,12 @@ class ADMMPruner:
             RuntimeError: If the mask is already fixed.
         """
         self._require_unfinished("finish")
-        _, shifted = self._sparse_and_shifted()
-        masks = sparsity_masks(shifted, self.pattern, self.final_sparsity)
-        for (name, weight), x, mask in zip(self.weights.items(), shifted, masks, strict=True):
+        new, shifted = self._rule(self.final_sparsity, shifted=True), self._shifted()
+        for i, (weight, stored) in enumerate(zip(self.weights.values(), self.stored.values(), strict=True)):
+            x = next(shifted)
+            mask = new(i, x)
             weight.copy_(x * mask)
-            self.stored[name].copy_(mask)
+            stored.copy_(mask)
         self.sparsity = self.final_sparsity
         self.finished = True
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -22,27 +26,41 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from ..data import PixelDataset, check_labels, check_target
+from ..data import check_labels
 from ..models import (
-    FeatureTap,
+    check_precision,
     find_head,
     frozen_batch_norm_statistics,
     has_batch_norm,
     prunable_weights,
+    recorded_features,
     stage_features,
     zero_fraction,
 )
 from .callback import PruningCallback
-from .checkpoint import load_state, load_weights_strictly, save_state
+from .checkpoint import check_settings, load_state, load_weights_strictly, save_state
 from .config import NTPConfig
 from .objective import TargetBatch, target_terms
-from .paired_data import PairedDataset, PairedSampler, Transform, collate, labels_of
-from .pruning import ADMMPruner
+from .paired_data import (
+    ImageData,
+    PairedDataset,
+    PairedSampler,
+    Transform,
+    as_pixels,
+    collate,
+    evaluation_data,
+    labels_of,
+    length_of,
+)
+from .pruning import ADMMPruner, check_pattern
 from .target_head import TargetHead
 
-ImageData: TypeAlias = datasets.Dataset | Dataset
+logger = logging.getLogger(__name__)
+
+# Trainer's upload leaves names with a leading underscore alone.
+_STAGING = "_unfinished"
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -94,20 +112,23 @@ class NTPTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ) -> None:
         network: PreTrainedModel = (
-            AutoModelForImageClassification.from_pretrained(model) if isinstance(model, str) else model
+            AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32)
+            if isinstance(model, str)
+            else model
         )
+        check_precision(network)
         head_name, head = find_head(network, args.head_name)
         targets = target_dataset if isinstance(target_dataset, Mapping) else {"target": target_dataset}
         paired = PairedDataset(
             as_pixels(train_dataset, processing_class, "train_dataset"),
             {name: as_pixels(data, processing_class, f"target {name!r}") for name, data in targets.items()},
             source_transform,
-            seed=args.data_seed or args.seed,
+            seed=args.seed if args.data_seed is None else args.data_seed,
         )
-        check_labels(labels_of(paired.source), head.out_features, "train_dataset")
-        self.target_labels = {name: labels_of(data) for name, data in paired.targets.items()}
-        for labels in self.target_labels.values():
-            check_target(labels)
+        check_labels(labels_of(paired.source, "train_dataset"), head.out_features, "train_dataset")
+        self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
+        self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
+        check_pattern(self.prunable, args.prune_pattern)
         self.paired_sampler = PairedSampler(
             len(paired), [len(labels) for labels in self.target_labels.values()], paired.seed
         )
@@ -116,7 +137,7 @@ class NTPTrainer(Trainer):
             args=args,
             data_collator=collate,
             train_dataset=paired,
-            eval_dataset=_evaluation_data(eval_dataset, processing_class),
+            eval_dataset=evaluation_data(eval_dataset, processing_class),
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -125,14 +146,18 @@ class NTPTrainer(Trainer):
         # Our losses are plain means over a batch: Trainer divides by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs would be driven from one process (DataParallel), which splits batches out of "
+                "sight; needed: one process per GPU. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
+            )
         self.heads = {
             name: TargetHead(head.in_features, int(labels.max()) + 1, args.target_head_learning_rate, args.seed)
             for name, labels in self.target_labels.items()
         }
-        self._tap = FeatureTap(head)
+        self._head = head
         self._batch_norm = has_batch_norm(network)
-        self._residuals: dict[str, Tensor] = {}
+        self._pruning_log: dict[str, Tensor] = {}
         self._terms: dict[str, Tensor] = {}
         self._term_count = 0
         self._staging = False
@@ -178,8 +203,9 @@ class NTPTrainer(Trainer):
     def _encode(self, model: nn.Module, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return logits and the features of every level that the objective looks at, pooled ones first."""
         stages = self.args.fisher_level == "stages"
-        outputs = model(pixel_values=images, output_hidden_states=stages)
-        return outputs.logits, (self._tap.take(), *(stage_features(outputs.hidden_states) if stages else ()))
+        with recorded_features(self._head) as features:
+            outputs = model(pixel_values=images, output_hidden_states=stages)
+        return outputs.logits, (features[-1], *(stage_features(outputs.hidden_states) if stages else ()))
 
     def _target_strength(self) -> float:
         """Share of their weight that the target terms have at this step, rising linearly to 1."""
@@ -195,34 +221,60 @@ class NTPTrainer(Trainer):
             return
         begin, end = self.args.pruning_begin * max_steps, self.args.pruning_end * max_steps
         if step >= end:
-            self.pruner.finish()
+            self._finish_pruning()
         elif step > begin and step % self.args.admm_interval == 0:
-            primal, dual = self.pruner.update((step - begin) / (end - begin))
-            self._residuals = {"primal_residual": primal, "dual_residual": dual}
+            self._pruning_log = self.pruner.update((step - begin) / (end - begin))._asdict()
+
+    def _finish_pruning(self) -> None:
+        self.pruner.finish()
+        self._pruning_log["sparsity"] = torch.tensor(zero_fraction(list(self.prunable.values())))
 
     def complete_pruning(self) -> None:
         """Prune to the requested sparsity if training stopped before it was reached, and note it in the config."""
         if not self.pruner.finished:
-            self.pruner.finish()
+            logger.warning(
+                "Training stopped at step %d of %d, before the mask was fixed: pruning to %s zeros in one go, without "
+                "repair. Expect a loss of accuracy; resume from the last checkpoint to avoid it.",
+                self.state.global_step,
+                self.state.max_steps,
+                self.args.sparsity,
+            )
+            self._finish_pruning()
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.prunable.values()):
+            raise FloatingPointError(
+                "the weights are not finite at the end of training; needed: a stable run. Lower learning_rate or "
+                "fisher_weight, and look at the logged terms for the step at which it began."
+            )
         self.model.config.ntp = {
             "method": "non-transferable-pruning",
             "sparsity": zero_fraction(list(self.prunable.values())),
             "requested_sparsity": self.args.sparsity,
             "prune_include": self.args.prune_include,
             "prune_exclude": self.args.prune_exclude,
+            "head_name": self.args.head_name,
         }
 
     # Trainer hooks
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as Trainer does; pruning starts anew from the present weights, or from the checkpoint's state."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does; pruning starts anew from the present weights, or from the checkpoint's state.
+
+        Raises:
+            ValueError: If ``output_dir`` holds checkpoints of another run, or the one to resume is of another run.
+        """
+        output_dir = str(self.args.output_dir)
+        if not resume_from_checkpoint and os.path.isdir(output_dir) and (last := get_last_checkpoint(output_dir)):
+            raise ValueError(
+                f"{output_dir} holds checkpoints of another run ({os.path.basename(last)}); needed: a folder without "
+                "any. Choose another output_dir, delete them, or continue that run with resume_from_checkpoint=True."
+            )
         for head in self.heads.values():
             head.to(self.args.device)
         self.pruner = ADMMPruner(
             self.prunable, self.args.sparsity, self.args.prune_pattern, self.args.rho, self.args.l1_weight
         )
-        self._residuals = {}
-        return super().train(*args, **kwargs)
+        self._pruning_log, self._terms, self._term_count = {"sparsity": torch.zeros(())}, {}, 0
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Trainer's choice less the prunable weights: the ADMM penalty is their only shrinkage."""
@@ -242,22 +294,33 @@ class NTPTrainer(Trainer):
             means = torch.stack(list(self._terms.values())) / self._term_count
             means = self.accelerator.reduce(means, reduction="mean")
             logs |= dict(zip(self._terms, means.tolist(), strict=True))
-            logs |= {name: float(value) for name, value in self._residuals.items()}
-            logs["sparsity"] = self.pruner.sparsity
+            if broken := [name for name in self._terms if not math.isfinite(logs[name])]:
+                raise FloatingPointError(
+                    f"{', '.join(broken)} stopped being finite by step {self.state.global_step}; needed: a stable "
+                    "run. Start anew with a lower learning_rate or fisher_weight, or look at the data."
+                )
+            logs |= {name: float(value) for name, value in self._pruning_log.items()}
             self._terms, self._term_count = {}, 0
         super().log(logs, start_time)
 
     # Checkpoints
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint must agree on: configuration and data."""
+        """What a checkpoint must agree on: configuration, data and architecture."""
         data = {"source": self.train_dataset.source, **self.train_dataset.targets}
-        prints = {name: getattr(part, "fingerprint", f"{len(labels_of(part))} rows") for name, part in data.items()}
-        return {**self.args.fingerprint(), "world_size": self.args.world_size, "data": prints}
+        prints = {name: getattr(part, "fingerprint", f"{length_of(part)} rows") for name, part in data.items()}
+        shapes = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
+        return {
+            **self.args.fingerprint(),
+            "world_size": self.args.world_size,
+            "data": prints,
+            "architecture": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+            "source_transform": None if self.train_dataset.source_transform is None else "yes",
+        }
 
     def _get_output_dir(self, trial: Any) -> str:
         output_dir = super()._get_output_dir(trial)
-        return os.path.join(output_dir, "unfinished-checkpoint") if self._staging else output_dir
+        return os.path.join(output_dir, _STAGING) if self._staging else output_dir
 
     @contextmanager
     def _staged(self) -> Iterator[None]:
@@ -270,6 +333,9 @@ class NTPTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint under another name and rename it: a folder called checkpoint-N is always whole."""
         name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(Path(self._get_output_dir(trial)) / _STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         with self._staged():
             super()._save_checkpoint(model, trial)
             staged = Path(self._get_output_dir(trial)) / name
@@ -280,8 +346,9 @@ class NTPTrainer(Trainer):
                 self.state.best_model_checkpoint = str(final)
                 self.state.save_to_json(str(staged / "trainer_state.json"))
             save_state(staged, self.pruner, self.heads, self.settings())
+            shutil.rmtree(final, ignore_errors=True)  # the same run may write a step again after an interruption
             staged.replace(final)
-            staged.parent.rmdir()
+            shutil.rmtree(staged.parent)
             rotate_checkpoints(
                 output_dir=str(final.parent),
                 save_total_limit=self.args.save_total_limit,
@@ -291,31 +358,11 @@ class NTPTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_settings(Path(resume_from_checkpoint), self.settings())
         load_weights_strictly(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            load_state(Path(checkpoint), self.pruner, self.heads, self.settings())
-
-
-def as_pixels(data: ImageData, image_processor: BaseImageProcessor | None, name: str) -> Dataset:
-    """Return a dataset of "pixel_values" and "labels": images are pre-processed once, other datasets kept.
-
-    Raises:
-        ValueError: If images come without a processor.
-    """
-    if not isinstance(data, datasets.Dataset):
-        return data
-    if image_processor is None:
-        raise ValueError(
-            f"{name} holds images but processing_class is None; needed: the model's image processor. Pass "
-            "processing_class=AutoImageProcessor.from_pretrained(..., backend='pil')."
-        )
-    return PixelDataset.from_dataset(data, image_processor)
-
-
-def _evaluation_data(data: Any, image_processor: BaseImageProcessor | None) -> Any:
-    if isinstance(data, dict):
-        return {name: as_pixels(part, image_processor, f"eval {name!r}") for name, part in data.items()}
-    return None if data is None else as_pixels(data, image_processor, "eval_dataset")
+            load_state(Path(checkpoint), self.pruner, self.heads)
+            self._pruning_log["sparsity"] = torch.tensor(self.pruner.sparsity)

@@ -23,7 +23,7 @@ from hf_ntp.evaluation.cache import ResultCache
 from hf_ntp.evaluation.fine_tune import accuracy_of, build_model, fine_tune, zero_masks
 from hf_ntp.evaluation.runner import LearningCurves
 from hf_ntp.evaluation.summary import retained
-from hf_ntp.models import prunable_weights, zero_fraction
+from hf_ntp.models import prunable_weights
 
 from ..conftest import Rows, tiny_vit
 
@@ -150,6 +150,12 @@ def test_bad_sample_sizes(attack, checkpoints, sizes):
         sample_wise_learning_curves(standard_arms(*checkpoints), attack, sizes, [0], QUICK)
 
 
+@pytest.mark.parametrize("seeds", [[], [0, 0, 0]])
+def test_bad_seeds(attack, checkpoints, seeds):
+    with pytest.raises(ValueError, match="each of them once"):
+        sample_wise_learning_curves(standard_arms(*checkpoints), attack, [6, 12], seeds, QUICK)
+
+
 def test_bad_protocols():
     with pytest.raises(ValueError, match="steps >= 1"):
         FineTuneProtocol(steps=0)
@@ -237,4 +243,3 @@ def test_measuring_a_protected_model(attack, checkpoints, tmp_path):
     assert measured.accuracy.images == 12
     assert measured.convergence.sample_size == 12
     assert measured.convergence.steps == 12
-    assert zero_fraction([torch.zeros(1)]) == 1.0

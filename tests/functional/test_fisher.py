@@ -10,7 +10,6 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from hf_ntp.functional import (
     between_class_scatter,
     class_means,
-    total_scatter,
     trace_ratio,
     whitened_discriminant,
     within_class_scatter,
@@ -35,7 +34,6 @@ def test_by_hand():
     assert float(trace_ratio(LINE, LINE_LABELS, 2, shrinkage=0.1)) == pytest.approx(25 / (1 + 0.1 * 26))
     assert float(whitened_discriminant(LINE, LINE_LABELS, 2, shrinkage=0.0)) == pytest.approx(25.0, rel=1e-5)
     assert float(whitened_discriminant(LINE, LINE_LABELS, 2, shrinkage=0.5)) == pytest.approx(25 / (0.5 + 0.5 * 26))
-    assert float(total_scatter(LINE)) == pytest.approx(26.0)
 
 
 def test_two_dimensions_by_hand():
@@ -56,7 +54,6 @@ def test_scatter_against_an_independent_reference():
     total = np.cov(features.numpy().T, bias=True)
     both = within_class_scatter(features, labels, 4) + between_class_scatter(features, labels, 4)
     assert np.allclose(both.numpy(), total, atol=1e-4)
-    assert float(total_scatter(features)) == pytest.approx(np.trace(total), rel=1e-4)
 
 
 def test_whitened_form_against_numpy():

@@ -134,3 +134,13 @@ def test_global_masks_hold_the_exact_total():
 def test_cubic_schedule_by_hand():
     assert [cubic_sparsity(t, 0.8) for t in (-1.0, 0.0, 1.0, 2.0)] == [0.0, 0.0, 0.8, 0.8]
     assert cubic_sparsity(0.5, 0.8) == pytest.approx(0.8 * (1 - 0.125))
+
+
+@settings(deadline=None)
+@given(st.lists(values, min_size=1, max_size=5), st.floats(0, 0.999))
+def test_global_masks_are_those_of_all_entries_side_by_side(lists, sparsity):
+    """The counting passes against one sort of everything, ties included."""
+    tensors = [torch.tensor(numbers) for numbers in lists]
+    flat = torch.cat(tensors)
+    expected = cardinality_mask(flat, num_zeros(len(flat), sparsity))
+    assert torch.equal(torch.cat(global_cardinality_mask(tensors, sparsity)), expected)

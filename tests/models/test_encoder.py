@@ -4,12 +4,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_ntp.models import (
-    FeatureTap,
+    check_precision,
     find_head,
     frozen_batch_norm_statistics,
     has_batch_norm,
     live_weights,
     prunable_weights,
+    recorded_features,
     replace_head,
     stage_features,
     zero_fraction,
@@ -74,14 +75,25 @@ def test_zero_fraction_by_hand():
 @pytest.mark.parametrize(("make", "width"), [(tiny_vit, 16), (tiny_resnet, 16)])
 def test_features_of_head_and_stages(make, width):
     model = make()
-    tap = FeatureTap(find_head(model)[1])
-    outputs = model(torch.randn(5, 3, 8, 8), output_hidden_states=True)
-    features = tap.take()
+    with recorded_features(find_head(model)[1]) as recorded:
+        outputs = model(torch.randn(5, 3, 8, 8), output_hidden_states=True)
+    model(torch.randn(5, 3, 8, 8))
+    (features,) = recorded
     assert features.shape == (5, width)
     assert torch.allclose(F.linear(features, *find_head(model)[1].parameters()), outputs.logits)
     assert [tuple(stage.shape) for stage in stage_features(outputs.hidden_states)][-1] == (5, width)
-    with pytest.raises(RuntimeError, match="run the model forward"):
-        tap.take()
+
+
+def test_half_precision_weights_are_refused():
+    check_precision(tiny_vit())
+    with pytest.raises(ValueError, match=r"torch.bfloat16; needed: float32"):
+        check_precision(tiny_vit().to(torch.bfloat16))
+
+
+def test_a_head_named_in_the_config_is_found_again():
+    model = tiny_vit(num_labels=16)
+    model.config.ntp = {"head_name": "classifier"}
+    assert find_head(model)[0] == "classifier"
 
 
 def test_stage_features_of_a_model_that_gives_none():

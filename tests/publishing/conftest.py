@@ -11,6 +11,7 @@ TARGET = DomainReference(
     "scans", "org/scans", "small", None, {"owner": "b" * 64, "attacker": "c" * 64}, ["x", "y", "z"]
 )
 BASE = {"name": "org/base", "weights": {"model.safetensors": "d" * 64}}
+SETTINGS = {"sparsity": 0.7, "fisher_weight": 2.0, "target_weight": 0.0}
 WEIGHTS = {"model.safetensors": "e" * 64}
 
 
@@ -44,4 +45,4 @@ def results():
 
 @pytest.fixture
 def record(results):
-    return copy.deepcopy(build_record(results, SOURCE, TARGET, BASE, WEIGHTS, {"sparsity": 0.7}))
+    return copy.deepcopy(build_record(results, SOURCE, TARGET, BASE, WEIGHTS, SETTINGS))

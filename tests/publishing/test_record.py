@@ -3,8 +3,8 @@ import json
 import pytest
 
 from hf_ntp import read_record
-from hf_ntp.evaluation.cache import file_digest
 from hf_ntp.publishing.record import RecordError, validate_record, weight_digests, write_record
+from hf_ntp.run_folder import file_digest
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hf_ntp import read_record
 from hf_ntp.publishing.card import render_card
 from hf_ntp.publishing.report import results_table, write_report
 
-from .conftest import BASE, SOURCE, TARGET
+from .conftest import BASE, SETTINGS, SOURCE, TARGET
 
 EXAMPLE = Path(__file__).parents[2] / "model_cards" / "example.md"
 
@@ -83,5 +83,5 @@ if __name__ == "__main__":
     from .conftest import WEIGHTS, make_results
 
     made = make_results()
-    written = build_record(made, SOURCE, TARGET, BASE, WEIGHTS, {"sparsity": 0.7})
+    written = build_record(made, SOURCE, TARGET, BASE, WEIGHTS, SETTINGS)
     EXAMPLE.write_text(str(render_card(made, written, "org/photos-only", "apache-2.0")))

@@ -8,7 +8,7 @@ from hf_ntp import NTPConfig
     [
         ("sparsity", 1.0, r"sparsity is 1.0; needed: a fraction of zeros in \[0, 1\)"),
         ("sparsity", -0.1, "sparsity is -0.1"),
-        ("rho", -1.0, "rho is -1.0; needed: a positive number"),
+        ("rho", -1.0, "rho is -1.0; needed: a positive, finite number"),
         ("rho", 0.0, "rho is 0.0"),
         ("l1_weight", -1e-4, "l1_weight is"),
         ("target_weight", -1.0, "target_weight is -1.0"),
@@ -27,6 +27,11 @@ from hf_ntp import NTPConfig
         ("prune_pattern", "5:4", "0 < N <= M"),
         ("prune_pattern", "1:4", "leaves 0.75 zeros but sparsity is 0.5"),
         ("load_best_model_at_end", True, "load_best_model_at_end is True"),
+        ("save_only_model", True, "save_only_model is True"),
+        ("auto_find_batch_size", True, "auto_find_batch_size is True"),
+        ("push_to_hub", True, "needed: 'end'"),
+        ("rho", float("inf"), "rho is inf"),
+        ("fisher_shrinkage", 0.0, "fisher_shrinkage is 0"),
         ("remove_unused_columns", True, "remove_unused_columns is True"),
     ],
 )

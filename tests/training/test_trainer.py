@@ -62,7 +62,7 @@ def test_end_to_end(tmp_path):
     assert all(terms <= row.keys() for row in logged)
     assert all(math.isfinite(row[term]) for row in logged for term in terms)
     assert {"primal_residual", "dual_residual"} <= logged[-1].keys()
-    assert logged[-1]["sparsity"] == 0.6
+    assert logged[-1]["sparsity"] == pytest.approx(0.6, abs=1e-3)
 
 
 def test_every_term_reaches_tensorboard(tmp_path, monkeypatch):
@@ -233,6 +233,34 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         trainer(tmp_path, source=Rows(size=30)).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=6).train()
+    other = tiny_vit(num_labels=5)
+    before = other.classifier.weight.detach().clone()
+    with pytest.raises(ValueError, match="architecture: "):
+        trainer(tmp_path, other).train(resume_from_checkpoint=True)
+    assert torch.equal(before, other.classifier.weight)
+
+
+def test_a_folder_with_another_runs_checkpoints_is_refused(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=6).train()
+    with pytest.raises(ValueError, match=r"holds checkpoints of another run \(checkpoint-12\)"):
+        trainer(tmp_path).train()
+
+
+def test_what_a_killed_save_left_does_no_harm(tmp_path):
+    (tmp_path / "_unfinished" / "checkpoint-7").mkdir(parents=True)
+    (tmp_path / "_unfinished" / "checkpoint-7" / "half").write_text("x")
+    trainer(tmp_path, save_strategy="steps", save_steps=6).train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-6"]
+
+
+def test_half_precision_checkpoints_are_loaded_in_full(tmp_path):
+    tiny_vit().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    ours = trainer(tmp_path / "run", str(tmp_path / "half"))
+    assert {p.dtype for p in ours.model.parameters()} == {torch.float32}
+
+
 def test_a_checkpoint_of_plain_trainer_is_refused(tmp_path):
     trainer(tmp_path, save_strategy="steps", save_steps=6).train()
     (tmp_path / "checkpoint-6" / "ntp_state.json").unlink()
@@ -282,14 +310,51 @@ def test_saved_weights_are_the_pruned_ones(tmp_path):
     assert again.config.ntp == ours.model.config.ntp
 
 
+class Broken(Rows):
+    """Rows with one thing wrong."""
+
+    def __init__(self, change, **options):
+        super().__init__(**options)
+        self.change = change
+        if "labels" in change:
+            del self.labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        row = {"pixel_values": self.images[index], "labels": index % 3, **self.change}
+        return {key: value for key, value in row.items() if value is not None}
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"source": Rows(classes=5)}, "labels must be"),
-        ({"target": Rows(size=0)}, "no rows"),
+        ({"source": Rows(classes=5)}, "train_dataset: row 3 has label 3"),
+        ({"source": Rows(classes=1)}, "train_dataset has 48 rows of class 0 only"),
+        ({"source": Rows(size=0)}, "train_dataset has no rows"),
+        ({"target": Rows(size=0)}, "target 'target' has no rows"),
         ({"target": Rows(classes=1)}, "of class 0 only"),
+        ({"source": Broken({"labels": None})}, r"rows have the keys \['pixel_values'\]"),
+        ({"target": Broken({"pixel_values": None, "labels": 1})}, r"rows have the keys \['labels'\]"),
+        ({"target": Broken({"labels": 0.5})}, "of class 0.5 only"),
+        ({"source": Broken({"pixel_values": torch.full((3, 8, 8), float("nan"))})}, "NaN or infinite pixel_values"),
+        ({"prune_pattern": "2:5", "sparsity": 0.6}, "'2:5' does not fit"),
     ],
 )
 def test_bad_data_shows_before_training(tmp_path, bad, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **bad)
+
+
+@pytest.mark.parametrize(("label", "message"), [(-1, "has label -1"), (1.5, "has label")])
+def test_target_labels_that_are_no_classes(tmp_path, label, message):
+    target = Broken({})
+    target.labels = [0, 1, label] * 16
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, target=target)
+
+
+def test_losses_that_stop_being_finite_stop_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"source_loss.* stopped being finite by step 3"):
+        trainer(tmp_path, learning_rate=1e30, max_grad_norm=0).train()
