@@ -76,6 +76,7 @@ class RecipeArguments:
     pretrain_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak rate of that training; default 1e-3 for the small ViT, 5e-5 for yours."}
     )
+    pretrain_seed: int = field(default=0, metadata={"help": "Seed of that training and of the small ViT's weights."})
     augment_shift: int = field(default=1, metadata={"help": "Random shift of source images, in pixels."})
     sample_sizes: list[int] = field(
         default_factory=lambda: [10, 30, 100], metadata={"help": "Labelled target images of the learning curves."}
@@ -139,7 +140,7 @@ def load(recipe: RecipeArguments, side: str) -> DatasetDict:
     return load_domain(options.pop("dataset"), **options)
 
 
-def base_model(recipe: RecipeArguments, labels: list[str], seed: int) -> BaseModel:
+def base_model(recipe: RecipeArguments, labels: list[str]) -> BaseModel:
     """Load the model to protect, or make a small ViT, and tell whether it knows the source's classes."""
     import torch
     from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
@@ -150,7 +151,7 @@ def base_model(recipe: RecipeArguments, labels: list[str], seed: int) -> BaseMod
     rate = recipe.pretrain_learning_rate
     if recipe.model_name_or_path is None:
         size = {"height": SMALL_VIT_SIZE, "width": SMALL_VIT_SIZE}
-        model = small_vit(labels, SMALL_VIT_SIZE, seed)
+        model = small_vit(labels, SMALL_VIT_SIZE, recipe.pretrain_seed)
         return BaseModel(model, ViTImageProcessorPil(size=size), rate or 1e-3)
     name, revision = recipe.model_name_or_path, recipe.model_revision
     model, loading = AutoModelForImageClassification.from_pretrained(
@@ -220,7 +221,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     target["owner"], target["attacker"] = hf_ntp.split_owner_attacker(target.pop("train"), recipe.owner_fraction)
     for seed in recipe.attack_seeds:
         hf_ntp.nested_subsets(target["attacker"]["label"], recipe.sample_sizes, seed)
-    start = base_model(recipe, source["train"].features["label"].names, config.seed)
+    start = base_model(recipe, source["train"].features["label"].names)
     authorized, unauthorized = (
         {part: hf_ntp.PixelDataset.from_dataset(data, start.processor) for part, data in domain.items()}
         for domain in (source, target)
@@ -241,7 +242,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         elif start.learning_rate is not None:
             train_classifier(
                 model, authorized["train"], str(run / "work"), recipe.pretrain_steps, start.learning_rate,
-                transform=augment, seed=config.seed,
+                transform=augment, seed=recipe.pretrain_seed,
             )  # fmt: skip
     if first and not base.exists():
         save(base, model, start.processor)

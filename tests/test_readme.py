@@ -26,7 +26,7 @@ def test_python_examples(blocks, tmp_path, monkeypatch):
     shorter = {
         '"ORG/MODEL"': repr(str(model)),
         "num_train_epochs=30": "max_steps=4, report_to='none', use_cpu=True",
-        "steps=800, learning_rates=(3e-4, 1e-3)": "steps=21",
+        "steps=600, learning_rates=(3e-4, 1e-3, 3e-3)": "steps=21",
         "sample_sizes=[10, 30, 100],\n    protocol": "sample_sizes=[10, 30], seeds=[0], jobs=1, protocol",
     }
     code = "\n".join(blocks)
