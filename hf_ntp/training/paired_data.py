@@ -53,12 +53,12 @@ class PairedDataset(Dataset):
     def __getitems__(self, indices: Sequence[Index]) -> dict[str, Any]:
         """Return a collated batch: "pixel_values", "labels" and the same two under "targets" for every domain."""
         epoch, first, _ = indices[0]
-        batch = default_data_collator(_rows(self.source, [source for _, source, _ in indices]))
+        batch = _batch(self.source, [source for _, source, _ in indices])
         if self.source_transform is not None:
             rng = np.random.default_rng([self.seed, epoch, first])
             batch["pixel_values"] = self.source_transform(batch["pixel_values"], rng)
         batch["targets"] = {
-            name: default_data_collator(_rows(dataset, [targets[i] for _, _, targets in indices]))
+            name: _batch(dataset, [targets[i] for _, _, targets in indices])
             for i, (name, dataset) in enumerate(self.targets.items())
         }
         return batch
@@ -109,18 +109,17 @@ def _shuffled(size: int, length: int, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([rng.permutation(size) for _ in range(rounds)])[:length]
 
 
-def _rows(dataset: Dataset, indices: list[int]) -> list[dict[str, Tensor]]:
-    if isinstance(dataset, PixelDataset):
-        return dataset.__getitems__(indices)
+def _batch(dataset: Dataset, indices: list[int]) -> dict[str, Any]:
+    """Collate the rows of ``indices``; pixels that are not finite are an error (stored uint8 pixels always are)."""
     fetch = getattr(dataset, "__getitems__", None)
-    rows = fetch(indices) if fetch else [dataset[index] for index in indices]
-    for index, row in zip(indices, rows, strict=True):
-        if not torch.isfinite(torch.as_tensor(row["pixel_values"])).all():
-            raise ValueError(
-                f"row {index} of a {type(dataset).__name__} has NaN or infinite pixel_values; needed: finite numbers. "
-                "Repair or remove the image."
-            )
-    return rows
+    batch = default_data_collator(fetch(indices) if fetch else [dataset[index] for index in indices])
+    if not isinstance(dataset, PixelDataset) and not bool(torch.isfinite(batch["pixel_values"]).all()):
+        broken = (~torch.isfinite(batch["pixel_values"]).flatten(1).all(1)).nonzero()[0].item()
+        raise ValueError(
+            f"row {indices[int(broken)]} of a {type(dataset).__name__} has NaN or infinite pixel_values; needed: "
+            "finite numbers. Repair or remove the image."
+        )
+    return batch
 
 
 def length_of(dataset: Dataset) -> int:
@@ -151,7 +150,7 @@ def labels_of(dataset: Dataset, name: str) -> np.ndarray:
             "datasets.Dataset with an image and a label column, or rename the keys."
         )
     if size:
-        _rows(dataset, [0])
+        _batch(dataset, [0])
     labels = getattr(dataset, "labels", None)
     labels = [dataset[i]["labels"] for i in range(size)] if labels is None else labels
     values = np.asarray([label.item() if isinstance(label, Tensor) else label for label in labels])
