@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..data import DomainReference
 from ..evaluation.measure import Measurement
 from ..evaluation.summary import retained, summarize
@@ -89,7 +89,7 @@ def build_record(
     slc = results["slc"]
     return {
         "schema_version": SCHEMA_VERSION,
-        "library": {"name": "hf_ntp", "version": __version__},
+        "library": {"name": "hf_ntp", "version": version("hf-ntp")},
         "base_model": dict(base_model),
         "weights": dict(weights),
         "authorized_domains": [source.for_record()],
