@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from transformers import (
     get_scheduler,
 )
 
-from ..models import prunable_weights, replace_head
+from ..models import noted_prunable_weights, replace_head
 from .protocol import Arm, FineTuneProtocol
 
 
@@ -44,9 +44,7 @@ def build_model(arm: Arm, num_labels: int, seed: int) -> PreTrainedModel:
 
 def zero_masks(model: PreTrainedModel) -> list[tuple[nn.Parameter, Tensor]]:
     """Pruning masks that a checkpoint came with: the zeros of its prunable weights (patterns of ``config.ntp``)."""
-    notes: dict[str, Any] = getattr(model.config, "ntp", None) or {}
-    weights = prunable_weights(model, notes.get("prune_include") or (), notes.get("prune_exclude") or ())
-    return [(weight, weight.detach() != 0) for weight in weights.values()]
+    return [(weight, weight.detach() != 0) for weight in noted_prunable_weights(model).values()]
 
 
 def fine_tune(

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, defau
 
 from ..data import PixelDataset
 from ..functional import check_sample_sizes
-from ..models import LiveWeights, live_weights, prunable_weights, zero_fraction
+from ..models import LiveWeights, live_weights, noted_prunable_weights, zero_fraction
 from .fine_tune import accuracy_of
 from .protocol import Arm, FineTuneProtocol, standard_arms
 from .runner import AttackData, LearningCurves, sample_wise_learning_curves
@@ -110,7 +110,7 @@ def measure_protection(
 def measure_sparsity(model: PreTrainedModel, source: PixelDataset, requested: float | None = None) -> SparsityReport:
     """Count zeros over prunable and over live weights of a protected model."""
     notes: dict[str, Any] = getattr(model.config, "ntp", None) or {}
-    weights = prunable_weights(model, notes.get("prune_include") or (), notes.get("prune_exclude") or ())
+    weights = noted_prunable_weights(model)
     some = torch.utils.data.Subset(source, range(min(len(source), _LIVE_IMAGES)))
     live: LiveWeights = live_weights(model, weights, DataLoader(some, 64, collate_fn=default_data_collator))
     achieved = zero_fraction(list(weights.values()))

@@ -134,6 +134,12 @@ def prunable_weights(
     return chosen
 
 
+def noted_prunable_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Prunable weights by the patterns that a protected checkpoint notes in ``config.ntp``; by rule for any other."""
+    notes = getattr(model.config, "ntp", None) or {}
+    return prunable_weights(model, notes.get("prune_include") or (), notes.get("prune_exclude") or ())
+
+
 def zero_fraction(weights: Sequence[Tensor]) -> float:
     """Sparsity: the share of exact zeros among all entries of ``weights``."""
     zeros = sum(int((weight == 0).sum()) for weight in weights)
