@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .attacks import ATTACKS, Attack, FineTuneProtocol
     from .data import (
         EMBEDDED_DOMAINS,
         DomainReference,
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
         nested_subsets,
         split_owner_attacker,
     )
+    from .evaluation.arms import Arm, standard_arms
     from .evaluation.measure import Measurement, measure_protection
-    from .evaluation.protocol import Arm, FineTuneProtocol, standard_arms
     from .evaluation.runner import AttackData, LearningCurves, sample_wise_learning_curves
     from .evaluation.summary import summarize
     from .publishing.record import read_record
@@ -28,10 +29,12 @@ __version__ = version("hf-ntp")
 # Names load on first use: `import hf_ntp` and command-line help stay instant.
 _HOMES = {
     "EMBEDDED_DOMAINS": "data",
-    "Arm": "evaluation.protocol",
+    "ATTACKS": "attacks",
+    "Arm": "evaluation.arms",
+    "Attack": "attacks",
     "AttackData": "evaluation.runner",
     "DomainReference": "data",
-    "FineTuneProtocol": "evaluation.protocol",
+    "FineTuneProtocol": "attacks",
     "LearningCurves": "evaluation.runner",
     "Measurement": "evaluation.measure",
     "NTPConfig": "training.config",
@@ -43,13 +46,15 @@ _HOMES = {
     "read_record": "publishing.record",
     "sample_wise_learning_curves": "evaluation.runner",
     "split_owner_attacker": "data",
-    "standard_arms": "evaluation.protocol",
+    "standard_arms": "evaluation.arms",
     "summarize": "evaluation.summary",
 }
 
 __all__ = [
+    "ATTACKS",
     "EMBEDDED_DOMAINS",
     "Arm",
+    "Attack",
     "AttackData",
     "DomainReference",
     "FineTuneProtocol",

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..run_folder import file_digest, whole_file
 
-# Raise it when a change to fine_tune.py changes results.
-FIT_VERSION = 1
+# Raise it when a change to an attack or to its loop changes results.
+FIT_VERSION = 2
 
 
 def content_key(content: Mapping[str, Any]) -> str:

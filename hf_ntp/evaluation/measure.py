@@ -12,12 +12,13 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, PreTrainedModel, default_data_collator
 
+from ..attacks import FineTuneProtocol
+from ..attacks.fine_tuning import predictor
 from ..data import PixelDataset
 from ..functional import check_sample_sizes
 from ..models import LiveWeights, live_weights, noted_prunable_weights, zero_fraction
-from .fine_tune import accuracy_of
-from .protocol import Arm, FineTuneProtocol, standard_arms
-from .runner import AttackData, LearningCurves, sample_wise_learning_curves
+from .arms import Arm, standard_arms
+from .runner import AttackData, LearningCurves, accuracy_of, sample_wise_learning_curves
 
 _LIVE_IMAGES = 256
 
@@ -94,7 +95,9 @@ def measure_protection(
     before, after = (
         AutoModelForImageClassification.from_pretrained(path, dtype=torch.float32) for path in (unprotected, protected)
     )
-    accuracy = SourceAccuracy(accuracy_of(before, source_test), accuracy_of(after, source_test), len(source_test))
+    accuracy = SourceAccuracy(
+        accuracy_of(predictor(before), source_test), accuracy_of(predictor(after), source_test), len(source_test)
+    )
     shared: dict[str, Any] = {"data": target, "seeds": seeds, "cache_dir": cache_dir, "jobs": jobs}
     arms = standard_arms(str(unprotected), str(protected))
     curves = sample_wise_learning_curves(arms, sample_sizes=sample_sizes, protocol=protocol, **shared)

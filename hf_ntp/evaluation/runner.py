@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,12 +15,12 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
+from ..attacks import FineTuneProtocol, Loot, Predict
 from ..data import PixelDataset, nested_subsets
+from .arms import Arm
 from .cache import ResultCache, checkpoint_digest, content_key
-from .fine_tune import Accuracies, accuracy_of, build_model, fine_tune
-from .protocol import Arm, FineTuneProtocol
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,25 @@ class AttackData:
         train: Labelled images from which nested subsets are drawn.
         validation: Chooses the learning rate.
         test: Gives the accuracies of the curves; no choice is made on it.
+        source: A small labelled set of the authorized domain, for the attacks that begin there.
     """
 
     train: PixelDataset
     validation: PixelDataset
     test: PixelDataset
+    source: PixelDataset | None = None
 
     @property
     def num_labels(self) -> int:
         """Classes of the target."""
         return int(max(part.labels.max() for part in (self.train, self.validation, self.test))) + 1
+
+
+class Accuracies(NamedTuple):
+    """Result of one fit, in eval mode."""
+
+    validation: float
+    test: float
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class LearningCurves:
         sample_sizes: Labelled target samples, increasing.
         seeds: Attack seeds: subset, head, scratch initialisation and batch order.
         accuracies: Arm name to [seeds, sizes], fractions.
-        learning_rates: Arm name to the chosen rate per size.
+        learning_rates: Arm name to the chosen rate (or other tuned value of the attack) per size.
         fits: Number of fits the curves rest on.
     """
 
@@ -72,7 +81,7 @@ class _Fit(NamedTuple):
     arm: Arm
     size: int
     seed: int
-    learning_rate: float
+    value: float
 
 
 def sample_wise_learning_curves(
@@ -84,13 +93,14 @@ def sample_wise_learning_curves(
     cache_dir: str | Path | None = None,
     jobs: int | None = None,
 ) -> LearningCurves:
-    """Fine-tune every arm on nested subsets of the target and measure test accuracy.
+    """Attack every arm with nested subsets of the target and measure test accuracy.
 
-    One protocol and one grid for all arms; a fresh head every time; per arm and size the learning rate with the best
-    validation accuracy (mean over seeds, the lower rate on ties). Accuracies are those of the last step.
+    One protocol and one grid for all starts of an attack. Per arm and size, the learning rate (or whatever the attack
+    tunes) is the one with the best validation accuracy on the first seed, the lower one on ties; the other seeds use
+    it. Accuracies are those of the last step.
 
     Args:
-        arms: Starting points, see :func:`~hf_ntp.evaluation.protocol.standard_arms`.
+        arms: Starting points and attacks, see :func:`~hf_ntp.evaluation.arms.standard_arms`.
         data: Target data of the attacker.
         sample_sizes: Strictly increasing, at most ``len(data.train)``.
         seeds: Attack seeds; three are the minimum for an interval worth showing.
@@ -105,53 +115,61 @@ def sample_wise_learning_curves(
     check_seeds(seeds)
     subsets = {seed: nested_subsets(data.train.labels, sample_sizes, seed) for seed in seeds}
     arms = [replace(arm, checkpoint=_local(arm.checkpoint)) for arm in arms]
-    fits = [
-        _Fit(arm, size, seed, rate)
-        # Large fits first, so that no core is left with a long one at the end.
-        for size in sorted(sample_sizes, reverse=True)
-        for arm in arms
-        for seed in seeds
-        for rate in protocol.learning_rates
-    ]
-    results = _run_all(fits, subsets, data, protocol, ResultCache(cache_dir), jobs)
-    accuracies: dict[str, list[list[float]]] = {}
-    rates: dict[str, list[float]] = {}
-    for arm in arms:
-        validation, test = (
-            np.array(
-                [
-                    [[results[_Fit(arm, n, s, r)][part] for n in sample_sizes] for s in seeds]
-                    for r in protocol.learning_rates
-                ]
-            )
-            for part in (0, 1)
+    run = _Sweep(subsets, data, protocol, ResultCache(cache_dir), jobs)
+    # Large fits first, so that no core is left with a long one at the end.
+    points = [(size, arm) for size in sorted(sample_sizes, reverse=True) for arm in arms]
+    first, *others = seeds
+    results = run(
+        [_Fit(arm, size, first, value) for size, arm in points for value in arm.attack.grid(protocol)], "tuning"
+    )
+    best = {
+        (arm, size): max(
+            sorted(arm.attack.grid(protocol)), key=lambda v: results[_Fit(arm, size, first, v)].validation
         )
-        best = validation.mean(axis=1).argmax(axis=0)
-        accuracies[arm.name] = test[best, :, np.arange(len(sample_sizes))].T.tolist()
-        rates[arm.name] = [protocol.learning_rates[i] for i in best]
-    return LearningCurves(tuple(sample_sizes), tuple(seeds), accuracies, rates, len(fits))
+        for size, arm in points
+    }
+    results |= run([_Fit(arm, size, seed, best[arm, size]) for size, arm in points for seed in others], "other seeds")
+    return LearningCurves(
+        tuple(sample_sizes),
+        tuple(seeds),
+        {
+            arm.name: [[results[_Fit(arm, n, seed, best[arm, n])].test for n in sample_sizes] for seed in seeds]
+            for arm in arms
+        },
+        {arm.name: [best[arm, n] for n in sample_sizes] for arm in arms},
+        len(results),
+    )
 
 
-def _run_all(
-    fits: Sequence[_Fit],
-    subsets: dict[int, dict[int, np.ndarray]],
-    data: AttackData,
-    protocol: FineTuneProtocol,
-    cache: ResultCache,
-    jobs: int | None,
-) -> dict[_Fit, Accuracies]:
-    describe = _Describer(data, protocol)
-    keys = {fit: describe(fit) for fit in fits}
-    results = {fit: Accuracies(**found) for fit in fits if (found := cache.get(keys[fit]))}
-    missing = [fit for fit in fits if fit not in results]
-    jobs = jobs or (1 if torch.accelerator.is_available() else joblib.cpu_count())
-    work = (joblib.delayed(_run)(fit, subsets[fit.seed][fit.size], data, protocol) for fit in missing)
-    with joblib.parallel_config("loky", inner_max_num_threads=1) if jobs > 1 else joblib.parallel_config("sequential"):
-        finished = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)(work)
-        for fit, result in tqdm(finished, total=len(fits), initial=len(results), desc="learning curves", unit="fit"):
-            cache.put(keys[fit], result._asdict())
-            results[fit] = result
-    return results
+class _Sweep:
+    """Runs fits, as many at a time as there are processes; finished ones are remembered in the cache."""
+
+    def __init__(
+        self,
+        subsets: Mapping[int, Mapping[int, np.ndarray]],
+        data: AttackData,
+        protocol: FineTuneProtocol,
+        cache: ResultCache,
+        jobs: int | None,
+    ) -> None:
+        self.subsets, self.data, self.protocol, self.cache = subsets, data, protocol, cache
+        self.jobs = jobs or (1 if torch.accelerator.is_available() else joblib.cpu_count())
+        self.describe = _Describer(data, protocol)
+
+    def __call__(self, fits: Sequence[_Fit], title: str) -> dict[_Fit, Accuracies]:
+        keys = {fit: self.describe(fit) for fit in fits}
+        results = {fit: Accuracies(**found) for fit in fits if (found := self.cache.get(keys[fit]))}
+        missing = [fit for fit in fits if fit not in results]
+        work = (
+            joblib.delayed(_run)(fit, self.subsets[fit.seed][fit.size], self.data, self.protocol) for fit in missing
+        )
+        parallel = joblib.parallel_config("loky", inner_max_num_threads=1)
+        with parallel if self.jobs > 1 else joblib.parallel_config("sequential"):
+            finished = joblib.Parallel(n_jobs=self.jobs, return_as="generator_unordered", batch_size=1)(work)
+            for fit, result in tqdm(finished, total=len(fits), initial=len(results), desc=title, unit="fit"):
+                self.cache.put(keys[fit], result._asdict())
+                results[fit] = result
+        return results
 
 
 @contextmanager
@@ -171,14 +189,33 @@ def _quick_and_quiet() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
+def load_start(arm: Arm, seed: int) -> PreTrainedModel:
+    """Load the arm's checkpoint, or initialise its architecture with ``seed``, in float32."""
+    if not arm.random_init:
+        return AutoModelForImageClassification.from_pretrained(arm.checkpoint, dtype=torch.float32)
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(arm.checkpoint)
+    return AutoModelForImageClassification.from_config(config, dtype=torch.float32)
+
+
 def _run(fit: _Fit, rows: np.ndarray, data: AttackData, protocol: FineTuneProtocol) -> tuple[_Fit, Accuracies]:
+    attack = fit.arm.attack
     with _quick_and_quiet():
-        model = build_model(fit.arm, data.num_labels, fit.seed)
+        torch.manual_seed(fit.seed)  # layers that a checkpoint lacks are initialised on loading
+        model = load_start(fit.arm, fit.seed)
         if torch.accelerator.is_available():
             nn.Module.to(model, torch.accelerator.current_accelerator())
-        images, labels = data.train.tensors(rows)
-        fine_tune(model, images, labels, protocol, fit.learning_rate, fit.seed, fit.arm.keep_mask)
-        return fit, Accuracies(accuracy_of(model, data.validation), accuracy_of(model, data.test))
+        source = data.source.tensors() if attack.needs_source and data.source is not None else None
+        loot = Loot(*data.train.tensors(rows), data.num_labels, source)
+        predict = attack.fit(model, loot, protocol, fit.value, fit.seed)
+        return fit, Accuracies(accuracy_of(predict, data.validation), accuracy_of(predict, data.test))
+
+
+def accuracy_of(predict: Predict, data: PixelDataset, batch_size: int = 256) -> float:
+    """Share of images classified correctly by ``predict``."""
+    images, labels = data.tensors()
+    predicted = torch.cat([predict(batch) for batch in images.split(batch_size)])
+    return float((predicted == labels).float().mean())
 
 
 class _Describer:
@@ -193,20 +230,30 @@ class _Describer:
             "versions": [torch.__version__, transformers.__version__],
             "data": [part.fingerprint for part in (data.train, data.validation, data.test)],
         }
+        self._source = None if data.source is None else data.source.fingerprint
         self._starts: dict[Arm, dict[str, object]] = {}
 
     def _start(self, arm: Arm) -> dict[str, object]:
         config = AutoConfig.from_pretrained(arm.checkpoint).to_dict()
-        # Notes of ours and of the head, which is replaced; not part of the architecture.
-        for key in ("ntp", "id2label", "label2id", "_name_or_path", "transformers_version"):
+        notes = config.pop("ntp", None) or {}
+        # Not part of the architecture.
+        for key in ("id2label", "label2id", "_name_or_path", "transformers_version"):
             config.pop(key, None)
         weights = None if arm.random_init else checkpoint_digest(Path(arm.checkpoint))
-        return {"config": content_key(config), "weights": weights, "keep_mask": arm.keep_mask}
+        # The patterns decide what a mask is; the rest of the note changes nothing.
+        patterns = {key: value for key, value in notes.items() if key.startswith("prune_") or key == "head_name"}
+        return {
+            "config": content_key(config),
+            "weights": weights,
+            "attack": [type(arm.attack).__name__, arm.attack.settings()],
+            "patterns": patterns,
+            "source": self._source if arm.attack.needs_source else None,
+        }
 
     def __call__(self, fit: _Fit) -> str:
         if fit.arm not in self._starts:
             self._starts[fit.arm] = self._start(fit.arm)
-        point = {"size": fit.size, "seed": fit.seed, "learning_rate": fit.learning_rate}
+        point = {"size": fit.size, "seed": fit.seed, "value": fit.value}
         return content_key({**self._common, **self._starts[fit.arm], **point})
 
 

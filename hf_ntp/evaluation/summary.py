@@ -27,7 +27,7 @@ def summarize(curves: LearningCurves, level: float = 0.95) -> dict[str, dict[str
             continue
         areas = slc_auc(accuracies, scratch, curves.sample_sizes)
         intervals = {unit: confidence_interval(values, level) for unit, values in areas._asdict().items()}
-        bounds = {unit: [_finite(i.low), _finite(i.high)] for unit, i in intervals.items()}
+        bounds = {unit: [finite(i.low), finite(i.high)] for unit, i in intervals.items()}
         summary[name] = {
             **{unit: interval.mean for unit, interval in intervals.items()},
             "ci": {"level": level, **bounds},
@@ -38,8 +38,9 @@ def summarize(curves: LearningCurves, level: float = 0.95) -> dict[str, dict[str
 
 def retained(summary: dict[str, dict[str, Any]], arm: str) -> float | None:
     """Retained transfer of an arm (share of the unprotected SLC-AUC), or None where there was nothing to retain."""
-    return _finite(retained_transfer(summary[arm]["normalized"], summary["unprotected"]["normalized"]))
+    return finite(retained_transfer(summary[arm]["normalized"], summary["unprotected"]["normalized"]))
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """Return the value, or None (null in JSON) where it is not a number."""
     return value if math.isfinite(value) else None

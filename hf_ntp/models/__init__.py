@@ -2,6 +2,7 @@
 
 from .encoder import (
     LiveWeights,
+    blocks_of,
     check_precision,
     find_head,
     frozen_batch_norm_statistics,
@@ -17,6 +18,7 @@ from .encoder import (
 
 __all__ = [
     "LiveWeights",
+    "blocks_of",
     "check_precision",
     "find_head",
     "frozen_batch_norm_statistics",

@@ -140,6 +140,26 @@ def noted_prunable_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return prunable_weights(model, notes.get("prune_include") or (), notes.get("prune_exclude") or ())
 
 
+def blocks_of(model: PreTrainedModel) -> list[str]:
+    """Dotted names of the encoder's blocks (a transformer's layers, a ConvNet's stages), from input to output.
+
+    Raises:
+        ValueError: If the encoder has no list of blocks.
+    """
+    lists = [
+        (name.count("."), -len(module), name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 1
+    ]
+    if not lists:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.ModuleList with two or more blocks; needed: an encoder made of blocks. "
+            "Leave out the attacks that re-initialise blocks."
+        )
+    _, size, name = min(lists)  # the outermost list, the longest of several
+    return [f"{name}.{i}" for i in range(-size)]
+
+
 def zero_fraction(weights: Sequence[Tensor]) -> float:
     """Sparsity: the share of exact zeros among all entries of ``weights``."""
     zeros = sum(int((weight == 0).sum()) for weight in weights)

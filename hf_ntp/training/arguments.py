@@ -73,6 +73,36 @@ class ProtectionArguments:
         default=1, metadata={"help": "Adam steps that refit the simulated attacker's head before every step, >= 1."}
     )
     target_head_learning_rate: float = field(default=1e-2, metadata={"help": "Adam's rate for that head, > 0."})
+    attackers: int = field(
+        default=4,
+        metadata={"help": "Simulated attackers who fine-tune the encoder during protection; 0 is off (published)."},
+    )
+    attackers_per_step: int = field(
+        default=1,
+        metadata={"help": "How many of them act before every optimizer step, in turn; each costs a plain step."},
+    )
+    attacker_weight: float = field(
+        default=3.0, metadata={"help": "Weight of the gradient that denies the attackers their progress, >= 0."}
+    )
+    attacker_learning_rates: list[float] = field(
+        default_factory=lambda: [1e-3, 3e-3, 1e-2], metadata={"help": "Rates that attackers draw from."}
+    )
+    attacker_horizon: list[int] = field(
+        default_factory=lambda: [10, 100], metadata={"help": "Shortest and longest life of an attacker, in its steps."}
+    )
+    attacker_patience: int = field(
+        default=2, metadata={"help": "Steps an attacker takes before the defender reacts: the first fit its head."}
+    )
+    attacker_informed: float = field(
+        default=0.3,
+        metadata={"help": "Share of attackers who first reset norms, perturb, or re-initialise stem or first block."},
+    )
+    attacker_keeps_mask: float = field(
+        default=0.25, metadata={"help": "Share of attackers who keep the present pruning mask."}
+    )
+    attacker_sgd: float = field(
+        default=0.0, metadata={"help": "Share of attackers with SGD and momentum (30-fold rates) instead of Adam."}
+    )
     fisher: str = field(
         default="whitened",
         metadata={"help": "Fisher-space regularization of target features: 'trace_ratio' or 'whitened'."},
@@ -100,10 +130,10 @@ class ProtectionArguments:
         for name in ("rho", "l1_weight", "target_head_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: a positive, finite number.")
-        for name in ("target_weight", "fisher_weight"):
+        for name in ("target_weight", "fisher_weight", "attacker_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: 0 (off) or a positive, finite number.")
-        for name in ("admm_interval", "target_head_steps"):
+        for name in ("admm_interval", "target_head_steps", "attackers_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: an integer >= 1.")
         for name, words in (
@@ -115,7 +145,8 @@ class ProtectionArguments:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; needed: one of {', '.join(map(repr, words))}.")
         if self.target_bound is not None and self.target_bound <= 0:
             raise ValueError(f"target_bound is {self.target_bound}; needed: a positive number of nats, or null.")
-        for name in ("fisher_shrinkage", "target_warmup"):
+        shares = ("attacker_informed", "attacker_keeps_mask", "attacker_sgd")
+        for name in ("fisher_shrinkage", "target_warmup", *shares):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: a value in [0, 1].")
         if self.fisher == "whitened" and self.fisher_shrinkage == 0:
@@ -128,7 +159,24 @@ class ProtectionArguments:
                 f"pruning_begin is {self.pruning_begin} and pruning_end is {self.pruning_end}; needed: "
                 "0 <= pruning_begin < pruning_end <= 1, shares of all optimizer steps."
             )
+        self._check_attackers()
         self._check_pattern()
+
+    def _check_attackers(self) -> None:
+        if self.attackers < 0 or self.attackers_per_step > max(self.attackers, 1):
+            raise ValueError(
+                f"attackers is {self.attackers} and attackers_per_step is {self.attackers_per_step}; needed: 0 (off) "
+                "or more attackers, of whom at most all act in a step."
+            )
+        if not self.attacker_learning_rates or min(self.attacker_learning_rates) <= 0:
+            raise ValueError(
+                f"attacker_learning_rates are {self.attacker_learning_rates}; needed: at least one positive rate."
+            )
+        if len(self.attacker_horizon) != 2 or not 0 < self.attacker_horizon[0] <= self.attacker_horizon[1]:
+            raise ValueError(
+                f"attacker_horizon is {self.attacker_horizon}; needed: two numbers of steps, shortest and longest, "
+                "such as 10 100."
+            )
 
     def _check_pattern(self) -> None:
         if self.prune_pattern in ("layer", "global", "l1"):

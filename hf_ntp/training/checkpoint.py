@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..run_folder import differences
+from .attackers import AttackerPool
 from .pruning import ADMMPruner
 from .target_head import TargetHead
 
@@ -19,12 +20,21 @@ TENSORS_FILE = "ntp_state.safetensors"
 SCALARS_FILE = "ntp_state.json"
 
 
-def save_state(folder: Path, pruner: ADMMPruner, heads: Mapping[str, TargetHead], settings: Mapping[str, Any]) -> None:
-    """Write ADMM state, simulated attackers' heads and the settings of the run into a checkpoint folder."""
+def save_state(
+    folder: Path,
+    pruner: ADMMPruner,
+    heads: Mapping[str, TargetHead],
+    pool: AttackerPool | None,
+    settings: Mapping[str, Any],
+) -> None:
+    """Write ADMM state, target heads, simulated attackers and the settings of the run into a checkpoint folder."""
     groups = {"pruner": pruner.tensors()} | {f"head:{name}": head.tensors() for name, head in heads.items()}
+    scalars = {"pruner": pruner.scalars(), "settings": settings}
+    if pool is not None:
+        groups["attackers"], scalars["attackers"] = pool.tensors(), pool.scalars()
     tensors = {f"{group}/{name}": tensor for group, part in groups.items() for name, tensor in part.items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS_FILE)
-    (folder / SCALARS_FILE).write_text(json.dumps({"pruner": pruner.scalars(), "settings": settings}, indent=2))
+    (folder / SCALARS_FILE).write_text(json.dumps(scalars, indent=2))
 
 
 def _read_scalars(folder: Path) -> dict[str, Any]:
@@ -51,13 +61,16 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def load_state(folder: Path, pruner: ADMMPruner, heads: Mapping[str, TargetHead]) -> None:
+def load_state(folder: Path, pruner: ADMMPruner, heads: Mapping[str, TargetHead], pool: AttackerPool | None) -> None:
     """Restore what :func:`save_state` wrote; see :func:`check_settings`."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in load_file(folder / TENSORS_FILE).items():
         group, _, key = name.rpartition("/")
         groups.setdefault(group, {})[key] = tensor
-    pruner.load(groups.get("pruner", {}), _read_scalars(folder)["pruner"])
+    scalars = _read_scalars(folder)
+    pruner.load(groups.get("pruner", {}), scalars["pruner"])
+    if pool is not None:
+        pool.load(groups.get("attackers", {}), scalars["attackers"])
     for name, head in heads.items():
         head.load(groups[f"head:{name}"])
 

@@ -73,6 +73,11 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
                 "fp16 is on and max_grad_norm is 0: gradients are still scaled when the ADMM penalty is added. "
                 "Use bf16, or a positive max_grad_norm."
             )
+        if self.fp16 and self.attackers:
+            raise ValueError(
+                f"fp16 is on with {self.attackers} simulated attackers, whose gradients would underflow without a "
+                "loss scale of their own. Use bf16, or attackers=0."
+            )
         TrainingArguments.__post_init__(self)
 
     def fingerprint(self) -> dict[str, Any]:

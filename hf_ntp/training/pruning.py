@@ -188,6 +188,20 @@ class ADMMPruner:
         self.finished = True
 
     @torch.no_grad()
+    def masks(self) -> dict[str, Tensor]:
+        """Present boolean mask of every weight: that of Z, and once pruning has finished the fixed one."""
+        rule = self._rule(self.sparsity, shifted=False)
+        found = {}
+        for i, (name, stored) in enumerate(self.stored.items()):
+            if self.finished:
+                found[name] = stored != 0
+            elif self._soft:
+                found[name] = soft_threshold(stored, self.threshold) != 0
+            else:
+                found[name] = rule(i, stored).bool()
+        return found
+
+    @torch.no_grad()
     def enforce_mask(self) -> None:
         """Set pruned weights back to zero, after an optimizer step of the masked phase."""
         torch._foreach_mul_(list(self.weights.values()), list(self.stored.values()))

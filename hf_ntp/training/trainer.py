@@ -39,6 +39,7 @@ from ..models import (
     stage_features,
     zero_fraction,
 )
+from .attackers import AttackerPool
 from .callback import PruningCallback
 from .checkpoint import check_settings, load_state, load_weights_strictly, save_state
 from .config import NTPConfig
@@ -73,7 +74,8 @@ class NTPTrainer(Trainer):
 
     Non-Transferable Pruning (ECCV 2024): ADMM pruning, a non-transferable loss against a simulated attacker's head,
     and Fisher-space regularization. Loop, optimizer, precision, accumulation, logging and checkpoints are Trainer's.
-    Extra memory: one tensor per prunable weight and one linear head per unauthorized domain.
+    Extra memory: one tensor per prunable weight, one linear head per unauthorized domain, and what
+    :class:`~hf_ntp.training.attackers.AttackerPool` says for the simulated attackers.
 
     Args:
         model: Model with an image-classification head, or the id or folder of one.
@@ -155,7 +157,10 @@ class NTPTrainer(Trainer):
             name: TargetHead(head.in_features, int(labels.max()) + 1, args.target_head_learning_rate, args.seed)
             for name, labels in self.target_labels.items()
         }
-        self._head = head
+        self._head_name, self._head = head_name, head
+        self._pool: AttackerPool | None = None
+        self._target_images: dict[str, tuple[Tensor, Tensor]] = {}
+        self._attacker_losses: dict[str, list[Tensor]] = {}
         self._batch_norm = has_batch_norm(network)
         self._pruning_log: dict[str, Tensor] = {}
         self._terms: dict[str, Tensor] = {}
@@ -175,6 +180,8 @@ class NTPTrainer(Trainer):
         """Objective on a paired batch; on an ordinary (evaluation) batch, Trainer's own loss."""
         if "targets" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._pool is not None:
+            self._target_images = {n: (t["pixel_values"], t["labels"]) for n, t in inputs["targets"].items()}
         logits, targets = self._forward(model, inputs)
         source_loss = F.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
         target_loss, terms = target_terms(targets, self.heads, self.args)
@@ -212,7 +219,17 @@ class NTPTrainer(Trainer):
         warmup = self.args.target_warmup * self.state.max_steps
         return min(1.0, (self.state.global_step + 1) / warmup) if warmup > 1 else 1.0
 
-    # Pruning: called by PruningCallback
+    # Called by PruningCallback
+
+    def add_gradients(self) -> None:
+        """Let simulated attackers act on the last target batch and add their gradient, then that of the penalty."""
+        if self._pool is not None:
+            context = self.compute_loss_context_manager()
+            for step in self._pool.step(self._target_images, self.pruner.masks, self._target_strength(), context):
+                self._attacker_losses.setdefault("attacker_loss", []).append(step.loss)
+                if step.last:
+                    self._attacker_losses.setdefault("attacker_last_loss", []).append(step.loss)
+        self.pruner.add_penalty_gradient()
 
     def advance_pruning(self, step: int, max_steps: int) -> None:
         """Do what is due after optimizer step ``step``: nothing, a Z-step, the hard prune, or the mask."""
@@ -273,7 +290,11 @@ class NTPTrainer(Trainer):
         self.pruner = ADMMPruner(
             self.prunable, self.args.sparsity, self.args.prune_pattern, self.args.rho, self.args.l1_weight
         )
+        classes = {name: int(labels.max()) + 1 for name, labels in self.target_labels.items()}
+        if self.args.attackers:
+            self._pool = AttackerPool(self.model, self._head_name, self._head, classes, self.args, self.args.seed)
         self._pruning_log, self._terms, self._term_count = {"sparsity": torch.zeros(())}, {}, 0
+        self._attacker_losses = {}
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -300,6 +321,8 @@ class NTPTrainer(Trainer):
                     "run. Start anew with a lower learning_rate or fisher_weight, or look at the data."
                 )
             logs |= {name: float(value) for name, value in self._pruning_log.items()}
+            logs |= {name: float(torch.stack(losses).mean()) for name, losses in self._attacker_losses.items()}
+            self._attacker_losses = {}
             self._terms, self._term_count = {}, 0
         super().log(logs, start_time)
 
@@ -345,7 +368,7 @@ class NTPTrainer(Trainer):
             if self.state.best_model_checkpoint == str(staged):
                 self.state.best_model_checkpoint = str(final)
                 self.state.save_to_json(str(staged / "trainer_state.json"))
-            save_state(staged, self.pruner, self.heads, self.settings())
+            save_state(staged, self.pruner, self.heads, self._pool, self.settings())
             shutil.rmtree(final, ignore_errors=True)  # the same run may write a step again after an interruption
             staged.replace(final)
             shutil.rmtree(staged.parent)
@@ -364,5 +387,5 @@ class NTPTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            load_state(Path(checkpoint), self.pruner, self.heads)
+            load_state(Path(checkpoint), self.pruner, self.heads, self._pool)
             self._pruning_log["sparsity"] = torch.tensor(self.pruner.sparsity)

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from hf_ntp import (
+    ATTACKS,
     Arm,
     AttackData,
     FineTuneProtocol,
@@ -18,14 +19,14 @@ from hf_ntp import (
     standard_arms,
     summarize,
 )
+from hf_ntp.attacks.fine_tuning import FineTuning, predictor
 from hf_ntp.evaluation import runner
 from hf_ntp.evaluation.cache import ResultCache
-from hf_ntp.evaluation.fine_tune import accuracy_of, build_model, fine_tune, zero_masks
-from hf_ntp.evaluation.runner import LearningCurves
+from hf_ntp.evaluation.runner import LearningCurves, accuracy_of, load_start
 from hf_ntp.evaluation.summary import retained
 from hf_ntp.models import prunable_weights
 
-from ..conftest import Rows, tiny_vit
+from ..conftest import tiny_vit
 
 QUICK = FineTuneProtocol(steps=12, batch_size=8, learning_rates=(1e-3, 1e-2), warmup_steps=2)
 
@@ -68,7 +69,8 @@ def test_curves_of_the_standard_arms(attack, checkpoints, tmp_path):
     assert list(curves.accuracies) == ["scratch", "unprotected", "protected_mask", "protected_dense"]
     assert all(np.shape(accuracies) == (2, 2) for accuracies in curves.accuracies.values())
     assert all(rate in QUICK.learning_rates for rates in curves.learning_rates.values() for rate in rates)
-    assert curves.fits == 4 * 2 * 2 * 2
+    # 4 arms, 2 sizes: 2 rates with the first seed, 1 with the other.
+    assert curves.fits == 4 * 2 * 3
     assert len(list((tmp_path / "fits").iterdir())) == curves.fits
 
 
@@ -80,7 +82,7 @@ def test_nothing_is_fitted_twice_and_processes_do_not_matter(attack, checkpoints
     def forbidden(*args):
         raise AssertionError("fitted again")
 
-    monkeypatch.setattr(runner, "fine_tune", forbidden)
+    monkeypatch.setattr(FineTuning, "fit", forbidden)
     assert sample_wise_learning_curves(arms, attack, [6, 12], [0], QUICK, tmp_path / "a", jobs=1) == first
     with pytest.raises(AssertionError, match="fitted again"):
         sample_wise_learning_curves(arms, attack, [6, 24], [0], QUICK, tmp_path / "a", jobs=1)
@@ -89,19 +91,19 @@ def test_nothing_is_fitted_twice_and_processes_do_not_matter(attack, checkpoints
 def test_an_interrupted_sweep_continues(attack, checkpoints, tmp_path, monkeypatch):
     arms = standard_arms(*checkpoints)[:2]
     whole = sample_wise_learning_curves(arms, attack, [6, 12], [0], QUICK, jobs=1)
-    real, fitted = runner.fine_tune, []
+    real, fitted = FineTuning.fit, []
 
     def interrupt_the_third(*args):
         if len(fitted) == 2:
             raise KeyboardInterrupt
         fitted.append(args)
-        real(*args)
+        return real(*args)
 
-    monkeypatch.setattr(runner, "fine_tune", interrupt_the_third)
+    monkeypatch.setattr(FineTuning, "fit", interrupt_the_third)
     with pytest.raises(KeyboardInterrupt):
         sample_wise_learning_curves(arms, attack, [6, 12], [0], QUICK, tmp_path, jobs=1)
     fitted.clear()
-    monkeypatch.setattr(runner, "fine_tune", lambda *args: (fitted.append(args), real(*args)))
+    monkeypatch.setattr(FineTuning, "fit", lambda *args: (fitted.append(args), real(*args))[1])
     assert sample_wise_learning_curves(arms, attack, [6, 12], [0], QUICK, tmp_path, jobs=1) == whole
     assert len(fitted) == whole.fits - 2
 
@@ -113,11 +115,11 @@ def test_the_cache_knows_other_weights_data_and_protocols(attack, checkpoints, t
     keys = {
         describe(fit),
         describe(fit._replace(arm=Arm("a", checkpoints[1]))),
-        describe(fit._replace(arm=Arm("a", checkpoints[1], keep_mask=True))),
+        describe(fit._replace(arm=Arm("a", checkpoints[1], attack=ATTACKS["mask_kept"]))),
         describe(fit._replace(arm=Arm("a", checkpoints[0], random_init=True))),
         describe(fit._replace(size=7)),
         describe(fit._replace(seed=1)),
-        describe(fit._replace(learning_rate=3e-3)),
+        describe(fit._replace(value=3e-3)),
         runner._Describer(attack, FineTuneProtocol(steps=13, warmup_steps=2))(fit),
         runner._Describer(other_data, QUICK)(fit),
     }
@@ -138,7 +140,7 @@ def test_a_damaged_cache_entry_counts_as_missing(tmp_path):
 def test_the_learning_rate_is_chosen_on_validation_data(attack, checkpoints, monkeypatch):
     """The rate with the better validation accuracy wins even where test accuracy says otherwise."""
     table = {1e-3: runner.Accuracies(0.9, 0.1), 1e-2: runner.Accuracies(0.2, 0.8)}
-    monkeypatch.setattr(runner, "_run", lambda fit, *rest: (fit, table[fit.learning_rate]))
+    monkeypatch.setattr(runner, "_run", lambda fit, *rest: (fit, table[fit.value]))
     curves = sample_wise_learning_curves(standard_arms(*checkpoints)[:1], attack, [6, 12], [0, 1], QUICK, jobs=1)
     assert curves.accuracies["scratch"] == [[0.1, 0.1], [0.1, 0.1]]
     assert curves.learning_rates["scratch"] == [1e-3, 1e-3]
@@ -163,43 +165,35 @@ def test_bad_protocols():
         FineTuneProtocol(learning_rates=())
 
 
-@pytest.mark.parametrize("keep_mask", [True, False])
-def test_zeros_stay_only_when_the_mask_is_kept(checkpoints, attack, keep_mask):
-    model = build_model(Arm("a", checkpoints[1], keep_mask=keep_mask), 3, seed=0)
-    zeros = {name: weight == 0 for name, weight in prunable_weights(model).items()}
-    assert len(zero_masks(model)) == len(zeros)
-    fine_tune(model, *attack.train.tensors(), QUICK, 1e-2, 0, keep_mask)
-    for name, weight in prunable_weights(model).items():
-        assert bool((weight[zeros[name]] == 0).all()) == keep_mask
-        assert bool((weight[~zeros[name]] != 0).all())
+def test_the_rate_is_tuned_on_the_first_seed(attack, checkpoints, monkeypatch):
+    """The other seeds use it: they fit once per size, and their own validation accuracy has no say."""
+    fits = []
+
+    def fit(fit, *rest):
+        fits.append((fit.seed, fit.value))
+        return fit, runner.Accuracies(fit.value if fit.seed == 3 else -fit.value, 0.5)
+
+    monkeypatch.setattr(runner, "_run", fit)
+    curves = sample_wise_learning_curves(standard_arms(*checkpoints)[:1], attack, [6], [3, 1], QUICK, jobs=1)
+    assert curves.learning_rates["scratch"] == [1e-2]
+    assert sorted(fits) == [(1, 1e-2), (3, 1e-3), (3, 1e-2)]
 
 
-def test_heads_are_fresh_and_arms_start_where_they_should(checkpoints):
-    loaded = build_model(Arm("a", checkpoints[0]), 3, seed=0)
-    again = build_model(Arm("a", checkpoints[0]), 3, seed=0)
-    scratch = build_model(Arm("s", checkpoints[0], random_init=True), 3, seed=5)
+def test_arms_start_where_they_should(checkpoints):
+    loaded = load_start(Arm("a", checkpoints[0]), seed=0)
+    scratch = load_start(Arm("s", checkpoints[0], random_init=True), seed=5)
     original = tiny_vit()
-    assert torch.equal(loaded.classifier.weight, again.classifier.weight)
-    assert not torch.equal(loaded.classifier.weight, original.classifier.weight)
     name = next(iter(prunable_weights(loaded)))
+    assert torch.equal(loaded.classifier.weight, original.classifier.weight)
     assert torch.equal(loaded.get_parameter(name), original.get_parameter(name))
     assert not torch.equal(scratch.get_parameter(name), original.get_parameter(name))
-    assert not torch.equal(
-        scratch.get_parameter(name), build_model(Arm("s", checkpoints[0], True), 3, 1).get_parameter(name)
-    )
+    other = load_start(Arm("s", checkpoints[0], True), seed=1)
+    assert not torch.equal(scratch.get_parameter(name), other.get_parameter(name))
 
 
-def test_fine_tuning_learns(attack):
-    model = tiny_vit()
-    before = accuracy_of(model, attack.test)
-    fine_tune(model, *attack.train.tensors(), FineTuneProtocol(steps=300), 3e-3, 0)
-    assert accuracy_of(model, attack.test) > 0.9 > before
-
-
-def test_accuracy_is_taken_in_eval_mode():
+def test_accuracy_is_taken_in_eval_mode(attack):
     model = tiny_vit(dropout=0.9).train()
-    data = Rows(size=30)
-    assert accuracy_of(model, data) == accuracy_of(model, data, batch_size=7)
+    assert accuracy_of(predictor(model), attack.test) == accuracy_of(predictor(model), attack.test, batch_size=7)
     assert not model.training
 
 

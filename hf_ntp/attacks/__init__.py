@@ -1,0 +1,58 @@
+"""Attacks: what somebody who has the checkpoint and some labelled target images may try (METHOD names in brackets).
+
+Plain torch, Trainer-free and unaware of how a checkpoint was protected. A new attack is one file and one line below.
+"""
+
+from __future__ import annotations
+
+from .attack import Attack, FineTuneProtocol, Loot, Predict
+from .distillation import Distillation
+from .fine_tuning import FineTuning
+from .peft_tuning import PeftTuning
+from .probes import Probe
+from .shot import Shot
+from .source_tuning import SourceTuning, TransNTL
+
+ATTACKS: dict[str, Attack] = {
+    # all weights
+    "mask_kept": FineTuning(keep_mask=True),
+    "dense": FineTuning(),
+    "dense_3x": FineTuning(longer=3),
+    "dense_sgd": FineTuning(optimizer="sgd"),
+    "head_kept": FineTuning(keep_head=True),
+    "bias_only": FineTuning(trained="bias"),
+    # informed
+    "zeros_regrown": FineTuning(changes=("regrow_zeros",)),
+    "norms_reset": FineTuning(changes=("reset_norms",)),
+    "renormalized": FineTuning(changes=("renormalize", "reset_norms")),
+    "shrink_perturb": FineTuning(changes=("shrink_and_perturb",)),
+    "stem_reinit": FineTuning(changes=("reinit_stem",)),
+    "first_block_reinit": FineTuning(changes=("reinit_first_block",)),
+    "last_block_reinit": FineTuning(changes=("reinit_last_block",)),
+    "statistics_reestimated": FineTuning(changes=("reestimate_statistics",)),
+    # few weights
+    "lora": PeftTuning("lora"),
+    "dora": PeftTuning("dora"),
+    "ia3": PeftTuning("ia3"),
+    # frozen features
+    "linear_probe": Probe("linear"),
+    "whitened_probe": Probe("whitened"),
+    "ridge_probe": Probe("ridge"),
+    "knn": Probe("knn"),
+    # fresh weights
+    "distillation": Distillation(),
+    # through the authorized domain
+    "source_all_kept": SourceTuning("all", "kept"),
+    "source_all_new": SourceTuning("all", "new"),
+    "source_last_kept": SourceTuning("last", "kept"),
+    "source_last_new": SourceTuning("last", "new"),
+    "transntl": TransNTL(),
+    # without labels
+    "shot": Shot(),
+}
+"""Every attack by name."""
+
+DECISIVE = ("mask_kept", "dense", "dense_3x", "stem_reinit", "first_block_reinit", "lora", "linear_probe")
+"""The ones that broke protections in our experiments, or that every table of the field has."""
+
+__all__ = ["ATTACKS", "DECISIVE", "Attack", "FineTuneProtocol", "FineTuning", "Loot", "Predict"]

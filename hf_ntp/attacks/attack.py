@@ -1,0 +1,97 @@
+"""What an attack is: a way to turn a checkpoint and a few labelled target images into a classifier of the target."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+Predict = Callable[[Tensor], Tensor]
+"""Classes [N], int64, for pixel values [N, 3, H, W]."""
+
+
+@dataclass(frozen=True)
+class FineTuneProtocol:
+    """Budget that all arms of a comparison share, scratch included: warm-up, cosine decay, one grid of rates.
+
+    Args:
+        steps: Optimizer steps of one fit, whatever the sample size.
+        batch_size: Images per step; smaller sets use all their images in every step.
+        learning_rates: Grid from which validation accuracy chooses, per arm and sample size.
+        weight_decay: Of the optimizer.
+        warmup_steps: Steps of linear warm-up.
+
+    Raises:
+        ValueError: For values that cannot work.
+    """
+
+    steps: int = 600
+    batch_size: int = 32
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    weight_decay: float = 0.01
+    warmup_steps: int = 20
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        object.__setattr__(self, "learning_rates", tuple(sorted(set(self.learning_rates))))
+        if self.steps < 1 or self.batch_size < 1 or not 0 <= self.warmup_steps < self.steps or self.weight_decay < 0:
+            raise ValueError(
+                f"the protocol is {self}; needed: steps >= 1, batch_size >= 1, 0 <= warmup_steps < steps and "
+                "weight_decay >= 0."
+            )
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"learning_rates are {self.learning_rates}; needed: at least one positive rate.")
+
+
+class Loot(NamedTuple):
+    """What an attacker holds besides the checkpoint."""
+
+    images: Tensor
+    """Target images, pixel values [n, 3, H, W], float32."""
+    labels: Tensor
+    """[n], int64."""
+    num_labels: int
+    """Classes of the target."""
+    source: tuple[Tensor, Tensor] | None = None
+    """A small labelled set of the authorized domain, for attacks that begin there."""
+
+
+class Attack(ABC):
+    """One way to attack. Subclasses are frozen dataclasses: their fields are what a cached result depends on.
+
+    To add one: subclass in a file of its own, and give it a line in `hf_ntp/attacks/__init__.py`.
+    """
+
+    needs_source: bool = False
+    """Whether :attr:`Loot.source` has to be there."""
+
+    def settings(self) -> dict[str, Any]:
+        """JSON-ready fields: what a cached result depends on."""
+        return asdict(cast(Any, self))
+
+    def grid(self, protocol: FineTuneProtocol) -> tuple[float, ...]:
+        """Values of the one hyperparameter that validation accuracy chooses: learning rates, unless said otherwise."""
+        return protocol.learning_rates
+
+    def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
+        """Say why the attack makes no sense for this model and number of target classes, or None where it does."""
+        return None
+
+    @abstractmethod
+    def fit(self, model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, value: float, seed: int) -> Predict:
+        """Run the attack.
+
+        Args:
+            model: The checkpoint as it was loaded, with its own head, on its device; may be changed in place.
+            loot: Data of the attacker.
+            protocol: The common budget.
+            value: One value of :meth:`grid`.
+            seed: Seed of everything random.
+
+        Returns:
+            The attacker's classifier.
+        """

@@ -1,0 +1,185 @@
+"""Fine-tuning, plain and informed: the attacks that decide whether protection holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, get_scheduler
+
+from ..models import find_head, noted_prunable_weights, replace_head
+from .attack import Attack, FineTuneProtocol, Loot, Predict
+from .changes import CHANGES
+
+# SGD with momentum needs rates about this much higher than Adam's for steps of a similar length.
+_SGD_RATE_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class FineTuning(Attack):
+    """Fine-tune on the labelled target images.
+
+    Args:
+        keep_mask: Hold weights that are zero in the checkpoint at zero: the NTP paper's attacker. Otherwise zeros
+            regrow.
+        keep_head: Start from the checkpoint's own head instead of a fresh one; needs the same number of classes.
+        changes: Names of :data:`~hf_ntp.attacks.changes.CHANGES`, made to the model first, in this order.
+        trained: "all" weights, or "bias" (biases, norm layers and the head, after BitFit).
+        optimizer: "adamw", or "sgd" with Nesterov momentum 0.9 and tenfold rates.
+        longer: Factor on the protocol's steps.
+
+    Raises:
+        ValueError: For unknown names.
+    """
+
+    keep_mask: bool = False
+    keep_head: bool = False
+    changes: tuple[str, ...] = ()
+    trained: str = "all"
+    optimizer: str = "adamw"
+    longer: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the names."""
+        if unknown := sorted(set(self.changes) - CHANGES.keys()):
+            raise ValueError(f"changes are {unknown}; needed: names among {', '.join(CHANGES)}.")
+        if self.trained not in ("all", "bias") or self.optimizer not in ("adamw", "sgd") or self.longer < 1:
+            raise ValueError(
+                f"{self} cannot run; needed: trained 'all' or 'bias', optimizer 'adamw' or 'sgd', longer >= 1."
+            )
+
+    def grid(self, protocol: FineTuneProtocol) -> tuple[float, ...]:
+        """Learning rates, ten times higher for SGD."""
+        factor = _SGD_RATE_FACTOR if self.optimizer == "sgd" else 1.0
+        return tuple(factor * rate for rate in protocol.learning_rates)
+
+    def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
+        """Say so where a mask or a head would have to be kept that is not there."""
+        pruned = any(bool((weight == 0).any()) for weight in noted_prunable_weights(model).values())
+        if (self.keep_mask or "regrow_zeros" in self.changes) and not pruned:
+            return "the checkpoint has no zeros"
+        if self.keep_head and model.config.num_labels != num_labels:
+            return f"the head has {model.config.num_labels} classes, the target {num_labels}"
+        return None
+
+    def fit(self, model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, value: float, seed: int) -> Predict:
+        """Fine-tune ``model`` in place at peak rate ``value``; see :class:`Attack`."""
+        masks = zero_masks(model) if self.keep_mask else []
+        for change in self.changes:
+            CHANGES[change](model, loot, seed)
+        if not self.keep_head:
+            replace_head(model, loot.num_labels, torch.Generator().manual_seed(seed))
+        parameters = bias_parameters(model) if self.trained == "bias" else list(model.parameters())
+        train(
+            model,
+            parameters,
+            cross_entropy_on(model, loot.images, loot.labels, protocol.batch_size, seed),
+            protocol,
+            value,
+            seed,
+            steps=self.longer * protocol.steps,
+            optimizer=self.optimizer,
+            masks=masks,
+        )
+        return predictor(model)
+
+
+def zero_masks(model: PreTrainedModel) -> list[tuple[nn.Parameter, Tensor]]:
+    """Pruning masks that a checkpoint came with: the zeros of its prunable weights (patterns of ``config.ntp``)."""
+    return [(weight, weight.detach() != 0) for weight in noted_prunable_weights(model).values()]
+
+
+def bias_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Biases, weights of norm layers and the (fresh) head; everything else is frozen in place."""
+    _, head = find_head(model)
+    chosen = {id(parameter): parameter for parameter in head.parameters()}
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or parameter.dim() == 1:
+            chosen[id(parameter)] = parameter
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+    return list(chosen.values())
+
+
+def cross_entropy_on(
+    model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, seed: int
+) -> Callable[[], Tensor]:
+    """Return a function that gives the cross-entropy on the next batch, for ever."""
+    device = next(model.parameters()).device
+    images, labels = images.to(device), labels.to(device)
+    batches = batches_of(len(labels), batch_size, seed)
+
+    def loss() -> Tensor:
+        batch = next(batches).to(device)
+        return F.cross_entropy(model(pixel_values=images[batch]).logits, labels[batch])
+
+    return loss
+
+
+def train(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    loss: Callable[[], Tensor],
+    protocol: FineTuneProtocol,
+    learning_rate: float,
+    seed: int,
+    steps: int | None = None,
+    optimizer: str = "adamw",
+    masks: Iterable[tuple[nn.Parameter, Tensor]] = (),
+) -> None:
+    """Minimise ``loss()`` in place with the protocol's schedule: what every gradient attack shares.
+
+    Args:
+        model: Put in training mode.
+        parameters: What is updated.
+        loss: Gives the loss of the next batch, a scalar.
+        protocol: Weight decay, warm-up and, unless ``steps`` is given, the number of steps.
+        learning_rate: Peak rate.
+        seed: Seed of dropout.
+        steps: Number of optimizer steps.
+        optimizer: "adamw" or "sgd".
+        masks: Weights and the boolean masks they are held to.
+    """
+    steps = protocol.steps if steps is None else steps
+    common: dict[str, Any] = {"lr": learning_rate, "weight_decay": protocol.weight_decay, "fused": True}
+    if optimizer == "sgd":
+        updates: torch.optim.Optimizer = torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
+    else:
+        updates = torch.optim.AdamW(parameters, **common)
+    schedule = get_scheduler("cosine", updates, protocol.warmup_steps, steps)
+    torch.manual_seed(seed)
+    model.train()
+    for _ in range(steps):
+        value = loss()
+        updates.zero_grad()
+        value.backward()
+        updates.step()
+        schedule.step()
+        with torch.no_grad():
+            for weight, mask in masks:
+                weight.mul_(mask)
+
+
+def batches_of(size: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Yield index batches for ever: a new order every pass, incomplete batches left out."""
+    rng, batch_size = np.random.default_rng(seed), min(size, batch_size)
+    while True:
+        order = torch.from_numpy(rng.permutation(size))
+        yield from (part for part in order.split(batch_size) if len(part) == batch_size)
+
+
+def predictor(model: nn.Module) -> Predict:
+    """Return the function that classifies with ``model`` in eval mode."""
+
+    @torch.no_grad()
+    def predict(images: Tensor) -> Tensor:
+        model.eval()
+        device = next(model.parameters()).device
+        return model(pixel_values=images.to(device)).logits.argmax(-1).cpu()
+
+    return predict

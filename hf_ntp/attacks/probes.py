@@ -1,0 +1,104 @@
+"""Probes: classical classifiers on the features of the frozen encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .attack import Attack, FineTuneProtocol, Loot, Predict
+from .features import features_and_logits
+
+_DECADES = tuple(10.0**power for power in range(-3, 4))
+_MAX_ITERATIONS = 1000
+
+
+class _Kind(NamedTuple):
+    grid: tuple[float, ...]
+    build: Callable[[float, np.ndarray], Pipeline]
+    """Unfitted classifier for a value of the grid and the features [n, D] that it will be fitted to."""
+
+
+@dataclass(frozen=True)
+class Probe(Attack):
+    """Fit a scikit-learn classifier to the pooled features that enter the checkpoint's head, in eval mode.
+
+    Args:
+        kind: Name of :data:`KINDS`: "linear" (logistic regression), "whitened" (logistic regression on decorrelated
+            features of unit variance, which undoes bad conditioning), "ridge" or "knn".
+
+    Raises:
+        ValueError: For unknown kinds.
+    """
+
+    kind: str = "linear"
+
+    def __post_init__(self) -> None:
+        """Check the kind."""
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}; needed: one of {', '.join(KINDS)}.")
+
+    def grid(self, protocol: FineTuneProtocol) -> tuple[float, ...]:
+        """Inverse regularisation (linear, whitened), its strength (ridge) or neighbours (knn); no learning rates."""
+        return KINDS[self.kind].grid
+
+    def fit(self, model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, value: float, seed: int) -> Predict:
+        """Fit the probe with ``value`` of the grid; the model stays as it is; see :class:`Attack`."""
+        features = _features(model, loot.images)
+        probe = KINDS[self.kind].build(value, features).fit(features, loot.labels.numpy())
+
+        def predict(images: Tensor) -> Tensor:
+            return torch.from_numpy(probe.predict(_features(model, images))).long()
+
+        return predict
+
+
+def _features(model: PreTrainedModel, images: Tensor) -> np.ndarray:
+    features, _ = features_and_logits(model, images)
+    return features.double().cpu().numpy()
+
+
+def _on_standardised(*steps: Any) -> Pipeline:
+    """Return the steps on features of zero mean and unit variance: no feature counts more for its scale."""
+    return make_pipeline(StandardScaler(), *steps)
+
+
+def _linear(value: float, features: np.ndarray) -> Pipeline:
+    return _on_standardised(LogisticRegression(C=value, max_iter=_MAX_ITERATIONS))
+
+
+def _whitened(value: float, features: np.ndarray) -> Pipeline:
+    # Directions without variance would be divided by rounding noise: keep only those that the features span.
+    singular_values = np.linalg.svd(StandardScaler().fit_transform(features), compute_uv=False)
+    tolerance = singular_values[0] * max(features.shape) * np.finfo(np.float32).eps
+    rank = max(int((singular_values > tolerance).sum()), 1)
+    whitening = PCA(rank, whiten=True, svd_solver="full")
+    return _on_standardised(whitening, LogisticRegression(C=value, max_iter=_MAX_ITERATIONS))
+
+
+def _ridge(value: float, features: np.ndarray) -> Pipeline:
+    return _on_standardised(RidgeClassifier(alpha=value))
+
+
+def _knn(value: float, features: np.ndarray) -> Pipeline:
+    neighbours = min(int(value), len(features))
+    return _on_standardised(KNeighborsClassifier(neighbours, weights="distance"))
+
+
+KINDS: dict[str, _Kind] = {
+    "linear": _Kind(_DECADES, _linear),
+    "whitened": _Kind(_DECADES, _whitened),
+    "ridge": _Kind(_DECADES, _ridge),
+    "knn": _Kind((1, 3, 5, 10, 20), _knn),
+}
+"""Kinds of probe by name."""

@@ -1,0 +1,106 @@
+"""Source-free domain adaptation: an attacker with target images, but without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..models import find_head
+from .attack import Attack, FineTuneProtocol, Loot, Predict
+from .features import features_and_logits
+from .fine_tuning import batches_of, predictor, train
+
+# How often pseudo-labels are renewed over a fit; SHOT does so once in each of its 15 epochs.
+_REFRESHES = 15
+
+
+@dataclass(frozen=True)
+class Shot(Attack):
+    """Adapt the encoder to unlabelled target images under the checkpoint's frozen head (SHOT, Liang et al., 2020).
+
+    The loss is information maximisation (confident predictions, :func:`information_loss`) + ``pseudo_weight`` *
+    cross-entropy with labels from the nearest centroid, :func:`pseudo_labels`. The labels of the loot are not used.
+
+    Args:
+        pseudo_weight: >= 0; 0.3 in the paper.
+
+    Raises:
+        ValueError: If it is negative.
+    """
+
+    pseudo_weight: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Check the weight."""
+        if self.pseudo_weight < 0:
+            raise ValueError(f"pseudo_weight is {self.pseudo_weight}; needed: a number >= 0.")
+
+    def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
+        """Say so where the head cannot name the target's classes."""
+        if model.config.num_labels != num_labels:
+            return f"the frozen head has {model.config.num_labels} classes, the target {num_labels}"
+        return None
+
+    def fit(self, model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, value: float, seed: int) -> Predict:
+        """Adapt ``model`` in place at peak rate ``value``; see :class:`Attack`."""
+        _, head = find_head(model)
+        head.requires_grad_(False)
+        body = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        train(model, body, self._loss(model, loot.images, protocol, seed), protocol, value, seed)
+        return predictor(model)
+
+    def _loss(
+        self, model: PreTrainedModel, images: Tensor, protocol: FineTuneProtocol, seed: int
+    ) -> Callable[[], Tensor]:
+        images = images.to(model.device)
+        batches, steps = batches_of(len(images), protocol.batch_size, seed), count()
+        interval = max(protocol.steps // _REFRESHES, 1)
+        labels = torch.empty(0)
+
+        def loss() -> Tensor:
+            nonlocal labels
+            if next(steps) % interval == 0:
+                labels = pseudo_labels(*features_and_logits(model, images))
+            batch = next(batches).to(model.device)
+            logits = model(pixel_values=images[batch]).logits
+            return information_loss(logits) + self.pseudo_weight * F.cross_entropy(logits, labels[batch])
+
+        return loss
+
+
+def information_loss(logits: Tensor) -> Tensor:
+    """Mean entropy of the predictions minus entropy of the mean prediction, nats, in [-log K, 0], for logits [N, K].
+
+    Lowest where every prediction is certain and all classes are predicted equally often.
+    """
+    log_probabilities = logits.log_softmax(-1)
+    probabilities = log_probabilities.exp()
+    each = -(probabilities * log_probabilities).sum(-1).mean()
+    mean = probabilities.mean(0)
+    return each + torch.xlogy(mean, mean).sum()
+
+
+def pseudo_labels(features: Tensor, logits: Tensor) -> Tensor:
+    """Class of the nearest centroid by cosine similarity, [N], int64.
+
+    Centroids are first weighted by the predictions, then recomputed once from the labels that they give. A class
+    that nothing is assigned to has no centroid and gets no label.
+
+    Args:
+        features: [N, D].
+        logits: [N, K].
+    """
+    directions = F.normalize(features, dim=-1)
+    weights = logits.softmax(-1)
+    for _ in range(2):
+        centroids = F.normalize(weights.T @ directions, dim=-1)
+        similarities = directions @ centroids.T
+        labels = similarities.masked_fill(weights.sum(0) == 0, -torch.inf).argmax(-1)
+        weights = F.one_hot(labels, logits.shape[-1]).to(directions)
+    return labels

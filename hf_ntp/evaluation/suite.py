@@ -1,0 +1,160 @@
+"""Many attacks on one protected model, next to the same attacks on the unprotected one and on controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from ..attacks import ATTACKS, Attack, FineTuneProtocol, FineTuning
+from ..functional import retained_transfer
+from .arms import Arm
+from .runner import AttackData, LearningCurves, load_start, sample_wise_learning_curves
+from .summary import finite, summarize
+
+_REFERENCE = "dense"
+
+
+def baseline_of(attack: Attack) -> FineTuning:
+    """Scratch training that an attack is compared with: all weights, AdamW, as many steps as the attack takes."""
+    return FineTuning(longer=attack.longer if isinstance(attack, FineTuning) else 1)
+
+
+def run_attacks(
+    starts: Mapping[str, str],
+    data: AttackData,
+    attacks: Sequence[str],
+    sample_sizes: Sequence[int],
+    seeds: Sequence[int] = (0, 1, 2),
+    protocol: FineTuneProtocol | None = None,
+    cache_dir: str | Path | None = None,
+    jobs: int | None = None,
+) -> dict[str, Any]:
+    """Run attacks on several starting points and summarise them; JSON-ready.
+
+    Every curve is compared with scratch training of the same architecture under the same protocol, on the same images
+    (METHOD: SLC-AUC), and with the unprotected model under the same attack (retained transfer).
+
+    Args:
+        starts: Checkpoints by name: "protected", "unprotected" where there is one, and any controls. All must have one
+            architecture.
+        data: Target data that the protection has not seen.
+        attacks: Names in :data:`hf_ntp.ATTACKS`.
+        sample_sizes: Sizes of the learning curves.
+        seeds: Attack seeds.
+        protocol: Budget of every attack.
+        cache_dir: Where finished fits are kept.
+        jobs: Processes.
+
+    Returns:
+        "sample_sizes", "seeds", "protocol", "scratch" (curve by number of steps), "starts" (start to attack to
+        "accuracies" [seeds][sizes], "tuned" [sizes] and areas in three units with intervals), "retained_transfer"
+        (start to attack to share, null where the unprotected model gave nothing), "worst_case" (start to "attack",
+        "slc_auc" and "retained_transfer") and "not_run" (start to attack to reason).
+
+    Raises:
+        ValueError: For unknown attacks or starts that miss "protected".
+    """
+    if unknown := sorted(set(attacks) - ATTACKS.keys()):
+        raise ValueError(f"attacks are {unknown}; needed: names among {', '.join(ATTACKS)}.")
+    if "protected" not in starts or "scratch" in starts or not attacks:
+        raise ValueError(
+            f"starts are {list(starts)} and attacks {list(attacks)}; needed: one start called 'protected', none "
+            "called 'scratch' (it is added), and at least one attack."
+        )
+    check_same_architecture(starts)
+    protocol = protocol or FineTuneProtocol()
+    not_run = {start: _unsuitable(Arm(start, path), attacks, data) for start, path in starts.items()}
+    arms = [
+        Arm(f"{start}/{name}", path, attack=ATTACKS[name])
+        for start, path in starts.items()
+        for name in dict.fromkeys((_REFERENCE, *attacks) if start == "unprotected" else attacks)
+        if name not in not_run[start]
+    ]
+    baselines = {baseline_of(arm.attack) for arm in arms}
+    arms += [
+        Arm(f"scratch/{b.longer}", starts["protected"], random_init=True, attack=b)
+        for b in sorted(baselines, key=lambda b: b.longer)
+    ]
+    curves = sample_wise_learning_curves(arms, data, sample_sizes, seeds, protocol, cache_dir, jobs)
+    return {
+        "sample_sizes": list(curves.sample_sizes),
+        "seeds": list(curves.seeds),
+        "protocol": asdict(protocol),
+        "fits": curves.fits,
+        **_summaries(arms, curves, protocol),
+        "not_run": not_run,
+    }
+
+
+def _unsuitable(arm: Arm, attacks: Sequence[str], data: AttackData) -> dict[str, str]:
+    without_source = [name for name in attacks if ATTACKS[name].needs_source and data.source is None]
+    reasons = dict.fromkeys(without_source, "no authorized data was given")
+    model = load_start(arm, seed=0)
+    for name in attacks:
+        if reason := ATTACKS[name].unsuitable(model, data.num_labels):
+            reasons[name] = reason
+    return reasons
+
+
+def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTuneProtocol) -> dict[str, Any]:
+    scratch: dict[str, Any] = {}
+    starts: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        start, _, name = arm.name.partition("/")
+        accuracies, tuned = curves.accuracies[arm.name], curves.learning_rates[arm.name]
+        if start == "scratch":
+            scratch[str(int(name) * protocol.steps)] = {"accuracies": accuracies, "tuned": tuned}
+            continue
+        reference = curves.accuracies[f"scratch/{baseline_of(arm.attack).longer}"]
+        pair = LearningCurves(curves.sample_sizes, curves.seeds, {"scratch": reference, "it": accuracies}, {}, 0)
+        starts.setdefault(start, {})[name] = {"accuracies": accuracies, "tuned": tuned, **summarize(pair)["it"]}
+    areas = {start: {name: entry["normalized"] for name, entry in found.items()} for start, found in starts.items()}
+    unprotected = areas.get("unprotected", {})
+    best = max(unprotected.values(), default=float("nan"))
+    worst = {start: max(found, key=found.__getitem__) for start, found in areas.items()}
+    return {
+        "scratch": scratch,
+        "starts": starts,
+        "retained_transfer": {
+            start: {
+                # Where an attack does not apply to the unprotected model (it has no mask), plain fine-tuning does.
+                name: _share(area, unprotected.get(name, unprotected.get(_REFERENCE, float("nan"))))
+                for name, area in found.items()
+            }
+            for start, found in areas.items()
+            if start != "unprotected"
+        },
+        "worst_case": {
+            start: {
+                "attack": name,
+                "slc_auc": areas[start][name],
+                "retained_transfer": _share(areas[start][name], best),
+            }
+            for start, name in worst.items()
+        },
+    }
+
+
+def _share(area: float, unprotected: float) -> float | None:
+    return finite(retained_transfer(area, unprotected))
+
+
+def check_same_architecture(starts: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` unless all checkpoints are of one model type with equal sizes."""
+    shapes = {}
+    for start, path in starts.items():
+        config = AutoConfig.from_pretrained(path).to_dict()
+        for key in ("id2label", "label2id", "_name_or_path", "transformers_version", "ntp", "dtype", "architectures"):
+            config.pop(key, None)
+        shapes[start] = config
+    first, *others = shapes
+    for other in others:
+        if differing := [key for key in shapes[first] if shapes[first][key] != shapes[other].get(key)]:
+            raise ValueError(
+                f"{starts[first]} and {starts[other]} differ in {', '.join(differing[:6])}; needed: checkpoints of "
+                "one architecture, or their curves are not comparable."
+            )

@@ -1,0 +1,94 @@
+"""What somebody may change in a checkpoint before training it, to undo what protection did to it.
+
+Functions of (model, seed), in place; they return the names of the parameters whose old values are gone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .encoder import blocks_of, noted_prunable_weights
+
+# Half of the old weights and half of fresh ones (Ash & Adams, 2020, "shrink and perturb").
+_KEPT_SHARE = 0.5
+
+
+def fresh_model(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Return a randomly initialised model of the same architecture, on the same device."""
+    torch.manual_seed(seed)
+    # nn.Module.to, because from_pretrained-style wrappers restrict PreTrainedModel.to
+    return nn.Module.to(type(model)(copy.deepcopy(model.config)), model.device)
+
+
+@torch.no_grad()
+def _reinitialise(model: PreTrainedModel, names: Iterable[str], seed: int) -> list[str]:
+    fresh = fresh_model(model, seed).state_dict()
+    own = model.state_dict(keep_vars=True)
+    for name in names:
+        own[name].data.copy_(fresh[name])
+    return [name for name in names if isinstance(own[name], nn.Parameter)]
+
+
+def _belongs(model: PreTrainedModel, module: str) -> list[str]:
+    return [name for name in model.state_dict() if name.startswith(f"{module}.")]
+
+
+def reset_norms(model: PreTrainedModel, seed: int) -> list[str]:
+    """Give every norm layer (layer, batch, group) its initial scale, shift and statistics."""
+    gone = []
+    for name, module in model.named_modules():
+        # By the name of its class: norm layers have no common base class.
+        if "norm" in type(module).__name__.lower() and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+            gone += [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
+    return gone
+
+
+@torch.no_grad()
+def renormalize(model: PreTrainedModel, seed: int) -> list[str]:
+    """Scale every linear and convolutional weight to the norm that a fresh one has: undoes rescaling tricks."""
+    fresh = dict(fresh_model(model, seed).named_parameters())
+    for name, weight in noted_prunable_weights(model).items():
+        weight.mul_(fresh[name].norm() / weight.norm().clamp_min(1e-12))
+    return []
+
+
+@torch.no_grad()
+def shrink_and_perturb(model: PreTrainedModel, seed: int) -> list[str]:
+    """Move every weight halfway to a fresh initialisation."""
+    fresh = dict(fresh_model(model, seed).named_parameters())
+    for name, weight in model.named_parameters():
+        weight.lerp_(fresh[name], 1 - _KEPT_SHARE)
+    return []
+
+
+@torch.no_grad()
+def regrow_zeros(model: PreTrainedModel, seed: int) -> list[str]:
+    """Give every pruned weight the value that a fresh one has."""
+    fresh = dict(fresh_model(model, seed).named_parameters())
+    for name, weight in noted_prunable_weights(model).items():
+        weight.copy_(torch.where(weight == 0, fresh[name], weight))
+    return []
+
+
+def reinit_stem(model: PreTrainedModel, seed: int) -> list[str]:
+    """Re-initialise what comes before the first block: patch or stem convolution, position and class embeddings."""
+    first = blocks_of(model)[0]
+    names = list(model.state_dict())
+    start = next(i for i, name in enumerate(names) if name.startswith(f"{first}."))
+    return _reinitialise(model, names[:start], seed)
+
+
+def reinit_first_block(model: PreTrainedModel, seed: int) -> list[str]:
+    """Re-initialise the first block (the first stage of a ConvNet)."""
+    return _reinitialise(model, _belongs(model, blocks_of(model)[0]), seed)
+
+
+def reinit_last_block(model: PreTrainedModel, seed: int) -> list[str]:
+    """Re-initialise the last block (the last stage of a ConvNet)."""
+    return _reinitialise(model, _belongs(model, blocks_of(model)[-1]), seed)

@@ -1,0 +1,93 @@
+"""Table and figure of an attack suite: one look says where a protection breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+_BROKEN, _HELD, _UNPROTECTED = "#d1495b", "#00798c", "#9a9a9a"
+
+
+def attacks_table(results: Mapping[str, Any]) -> str:
+    """Markdown table of every attack: what the checkpoint was worth before and after protection.
+
+    Args:
+        results: What :func:`hf_ntp.evaluation.suite.run_attacks` returns.
+    """
+    protected, unprotected = results["starts"]["protected"], results["starts"].get("unprotected", {})
+    controls = [start for start in results["starts"] if start not in ("protected", "unprotected")]
+    head = ["attack", "unprotected", "protected", "95 % interval", "retained", *controls]
+    rows = [head, ["---", *("---:" for _ in head[1:])]]
+    for name in sorted(protected, key=lambda name: -protected[name]["normalized"]):
+        low, high = protected[name]["ci"]["normalized"]
+        rows.append(
+            [
+                name,
+                _area(unprotected.get(name)),
+                _area(protected[name]),
+                f"[{low:+.3f}, {high:+.3f}]" if low is not None else "",
+                _percent(results["retained_transfer"]["protected"][name]),
+                *(_area(results["starts"][start].get(name)) for start in controls),
+            ]
+        )
+    worst = results["worst_case"]
+    rows.append(
+        [
+            "**worst case**",
+            f"{worst['unprotected']['slc_auc']:+.3f}" if unprotected else "",
+            f"{worst['protected']['slc_auc']:+.3f}",
+            "",
+            _percent(worst["protected"]["retained_transfer"]),
+            *(f"{worst[start]['slc_auc']:+.3f}" for start in controls),
+        ]
+    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _area(entry: Mapping[str, Any] | None) -> str:
+    return "" if entry is None else f"{entry['normalized']:+.3f}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def plot_attacks(results: Mapping[str, Any], path: str | Path, title: str = "") -> None:
+    """Draw SLC-AUC per attack, before and after protection, with intervals over seeds, to a PNG.
+
+    Args:
+        results: What :func:`hf_ntp.evaluation.suite.run_attacks` returns.
+        path: Where to write the picture.
+        title: Names of the domains, for example.
+    """
+    protected, unprotected = results["starts"]["protected"], results["starts"].get("unprotected", {})
+    names = sorted(protected, key=lambda name: protected[name]["normalized"])
+    figure = Figure(figsize=(8, 1.6 + 0.32 * len(names)), dpi=144, layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0, color="#333333", linewidth=1)
+    for row, name in enumerate(names):
+        if name in unprotected:
+            axes.plot(unprotected[name]["normalized"], row, "o", color=_UNPROTECTED, markerfacecolor="white")
+        entry = protected[name]
+        low, high = entry["ci"]["normalized"]
+        color = _BROKEN if entry["normalized"] > 0 else _HELD
+        if low is not None:
+            axes.plot([low, high], [row, row], color=color, linewidth=1.5, alpha=0.6)
+        axes.plot(entry["normalized"], row, "o", color=color)
+        share = results["retained_transfer"]["protected"][name]
+        if share is not None:
+            axes.annotate(
+                _percent(share), (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=color
+            )
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=9)
+    axes.set_xlabel(
+        "SLC-AUC, normalized: mean accuracy gap to training from scratch (right of 0 the checkpoint helps)\n"
+        "filled: protected, with 95 % interval over attack seeds · hollow: unprotected · right: retained transfer",
+        fontsize=8.5,
+    )
+    axes.set_title(title or "What the checkpoint is worth to each attacker", fontsize=10)
+    axes.grid(alpha=0.25, axis="x")
+    figure.savefig(path)

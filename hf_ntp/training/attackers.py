@@ -1,0 +1,307 @@
+"""A pool of simulated attackers who fine-tune the encoder while it is being protected.
+
+Each attacker is an offset from the present weights with its own head, optimizer, rate, lifetime and kind of start.
+One forward and backward pass at the attacker's weights W + offset gives two things: the attacker's own next step,
+which descends its cross-entropy L_T, and the defender's first-order gradient, which ascends it there (the idea of
+SOPHON, Deng et al. 2024, and TAR, Tamirisa et al. 2024: simulate the attack, then raise the loss where it leads):
+
+    offset <- Optimizer(offset, grad L_T(W + offset)),    W.grad += -weight * clip(grad L_T(W + offset), 1) / acting
+
+Lifetimes are staggered, so that young and old attackers act side by side and a long horizon costs no unrolling.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..models import changes, frozen_batch_norm_statistics, recorded_features
+from .arguments import ProtectionArguments
+
+_BETAS = (0.9, 0.999)
+_MOMENTUM = 0.9
+# What SGD with momentum needs to move as fast as Adam does at a rate.
+_SGD_RATE_FACTOR = 30.0
+_HEAD_STD = 0.02
+
+_INFORMED = {
+    "norms": (changes.reset_norms,),
+    "perturbed": (changes.shrink_and_perturb,),
+    "stem": (changes.reinit_stem,),
+    "first_block": (changes.reinit_first_block,),
+    "stem_and_first_block": (changes.reinit_stem, changes.reinit_first_block),
+}
+
+
+class Plan(NamedTuple):
+    """What one attacker is; drawn from (seed, slot, life), so that a resumed run draws the same."""
+
+    rate: float
+    sgd: bool
+    lifetime: int
+    start: str
+    keeps_mask: bool
+    seed: int
+
+    @classmethod
+    def draw(cls, options: ProtectionArguments, seed: int, slot: int, life: int) -> Plan:
+        """Draw the attacker that is number ``life`` in ``slot``."""
+        rng = np.random.default_rng([seed, slot, life])
+        shortest, longest = options.attacker_horizon
+        lifetime = int(rng.integers(shortest, longest + 1))
+        if life == 0:  # staggered: the first ones die early, one after the other
+            lifetime = max(shortest, lifetime * (slot + 1) // options.attackers)
+        informed = rng.random() < options.attacker_informed
+        return cls(
+            rate=float(rng.choice(options.attacker_learning_rates)),
+            sgd=bool(rng.random() < options.attacker_sgd),
+            lifetime=lifetime,
+            start=str(rng.choice(list(_INFORMED))) if informed else "plain",
+            keeps_mask=bool(rng.random() < options.attacker_keeps_mask),
+            seed=int(rng.integers(2**31)),
+        )
+
+
+class AttackerStep(NamedTuple):
+    """One step of one attacker, for the log."""
+
+    loss: Tensor
+    last: bool
+
+
+class _Attacker:
+    """One simulated attacker: offsets from the encoder's weights, a head, and the optimizer's moments."""
+
+    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], num_classes: int, width: int) -> None:
+        generator = torch.Generator().manual_seed(plan.seed)
+        head = torch.randn(num_classes, width, generator=generator) * _HEAD_STD
+        device = next(iter(weights.values())).device
+        self.plan = plan
+        self.age = 0
+        self.blocked: list[str] = []
+        self.offsets = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        self.head = {"weight": head.to(device), "bias": torch.zeros(num_classes, device=device)}
+        self.masks: dict[str, Tensor] = {}
+        self.moments = [[torch.zeros_like(tensor) for tensor in self.trained()] for _ in range(1 if plan.sgd else 2)]
+
+    def trained(self) -> list[Tensor]:
+        """What its optimizer moves, in place."""
+        return [*self.offsets.values(), *self.head.values()]
+
+    def advance(self, gradients: list[Tensor]) -> None:
+        """One optimizer step (SGD with momentum, or Adam)."""
+        self.age += 1
+        first = self.moments[0]
+        if self.plan.sgd:
+            torch._foreach_mul_(first, _MOMENTUM)
+            torch._foreach_add_(first, gradients)
+            torch._foreach_add_(self.trained(), first, alpha=-self.plan.rate * _SGD_RATE_FACTOR)
+            return
+        second, (beta1, beta2) = self.moments[1], _BETAS
+        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+        scale = torch._foreach_sqrt(second)
+        torch._foreach_div_(scale, (1 - beta2**self.age) ** 0.5)
+        torch._foreach_add_(scale, 1e-8)
+        torch._foreach_addcdiv_(self.trained(), first, scale, -self.plan.rate / (1 - beta1**self.age))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State by name, for a checkpoint."""
+        state = {f"offset.{name}": tensor for name, tensor in self.offsets.items()}
+        state |= {f"head.{name}": tensor for name, tensor in self.head.items()}
+        state |= {f"mask.{name}": tensor for name, tensor in self.masks.items()}
+        for i, moments in enumerate(self.moments):
+            state |= {f"moment.{i}.{j}": tensor for j, tensor in enumerate(moments)}
+        return state
+
+
+class AttackerPool:
+    """Simulated attackers of all unauthorized domains, in slots; a slot belongs to one domain.
+
+    Memory: per attacker three copies of the encoder's trainable weights (offset and Adam's two moments) and, while it
+    keeps the mask, one byte per prunable weight. Cost per optimizer step: ``attackers_per_step`` forward and
+    backward passes on a target batch.
+
+    Args:
+        model: The encoder under protection, unwrapped.
+        head_name: Dotted name of its head: the attackers bring their own.
+        head: That head.
+        num_classes: Classes of every unauthorized domain, by name.
+        options: Options that begin with ``attacker``.
+        seed: Seed of all plans; the same on every rank.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head_name: str,
+        head: nn.Linear,
+        num_classes: Mapping[str, int],
+        options: ProtectionArguments,
+        seed: int,
+    ) -> None:
+        self.model, self.head, self.options, self.seed = model, head, options, seed
+        self.num_classes = dict(num_classes)
+        self.weights = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not name.startswith(f"{head_name}.")
+        }
+        self.lives = [0] * options.attackers
+        self.attackers: list[_Attacker | None] = [None] * options.attackers
+        self.turn = 0
+
+    def domain(self, slot: int) -> str:
+        """Name of the unauthorized domain that a slot attacks."""
+        return list(self.num_classes)[slot % len(self.num_classes)]
+
+    def step(
+        self,
+        batches: Mapping[str, tuple[Tensor, Tensor]],
+        masks: Callable[[], Mapping[str, Tensor]],
+        strength: float,
+        autocast: AbstractContextManager[Any] | None = None,
+    ) -> list[AttackerStep]:
+        """Let the attackers whose turn it is take a step, and add the defender's gradient to ``.grad``.
+
+        Args:
+            batches: Pixel values [N, 3, H, W] and labels [N] by domain.
+            masks: Gives the present boolean pruning mask by weight name, for attackers that are born and keep it.
+            strength: Factor on ``attacker_weight`` at this step, in [0, 1].
+            autocast: Context of the forward pass.
+
+        Returns:
+            One entry per attacker that acted.
+        """
+        acting = [(self.turn + i) % len(self.lives) for i in range(self.options.attackers_per_step)]
+        self.turn = (acting[-1] + 1) % len(self.lives)
+        steps = []
+        for slot in acting:
+            attacker = self._living(slot, masks)
+            images, labels = batches[self.domain(slot)]
+            loss, gradients = self._gradients(attacker, images, labels, autocast or nullcontext())
+            if attacker.age >= self.options.attacker_patience:  # a newborn one only fits its head
+                # An attacker at chance has nothing to be denied. A factor instead of a branch: no wait for the device.
+                below_chance = (loss < float(np.log(self.num_classes[self.domain(slot)]))).float()
+                weight = strength * self.options.attacker_weight / len(acting)
+                self._ascend(attacker, gradients, weight * below_chance)
+            attacker.advance(gradients)
+            steps.append(AttackerStep(loss, attacker.age >= attacker.plan.lifetime))
+            if attacker.age >= attacker.plan.lifetime:
+                self.attackers[slot] = None
+                self.lives[slot] += 1
+        return steps
+
+    def _living(self, slot: int, masks: Callable[[], Mapping[str, Tensor]]) -> _Attacker:
+        attacker = self.attackers[slot]
+        if attacker is None:
+            attacker = self.attackers[slot] = self._born(slot, masks)
+        return attacker
+
+    @torch.no_grad()
+    def _born(self, slot: int, masks: Callable[[], Mapping[str, Tensor]]) -> _Attacker:
+        plan = Plan.draw(self.options, self.seed, slot, self.lives[slot])
+        attacker = _Attacker(plan, self.weights, self.num_classes[self.domain(slot)], self.head.in_features)
+        if plan.keeps_mask:
+            attacker.masks = {name: mask.clone() for name, mask in masks().items()}
+        if plan.start != "plain":
+            changed = copy.deepcopy(self.model)
+            with torch.random.fork_rng():  # re-initialisation draws from the global generator
+                for change in _INFORMED[plan.start]:
+                    attacker.blocked += change(changed, plan.seed)
+            for name, weight in self.weights.items():
+                attacker.offsets[name].copy_(changed.get_parameter(name) - weight)
+        return attacker
+
+    def _gradients(
+        self, attacker: _Attacker, images: Tensor, labels: Tensor, autocast: AbstractContextManager[Any]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the attacker's cross-entropy at its own weights, and the gradients of those and of its head."""
+        with torch.no_grad():
+            values = dict(
+                zip(
+                    self.weights,
+                    torch._foreach_add(list(self.weights.values()), list(attacker.offsets.values())),
+                    strict=True,
+                )
+            )
+            for name, mask in attacker.masks.items():
+                values[name].mul_(mask)
+        leaves = [value.requires_grad_() for value in values.values()]
+        head = {name: tensor.detach().requires_grad_() for name, tensor in attacker.head.items()}
+        with frozen_batch_norm_statistics(self.model), recorded_features(self.head) as features, autocast:
+            functional_call(self.model, values, (), {"pixel_values": images})
+        logits = F.linear(features[-1].float(), head["weight"], head["bias"])
+        loss = F.cross_entropy(logits, labels)
+        leaves += head.values()
+        gradients = list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+        for name, gradient in zip(values, gradients, strict=False):
+            if name in attacker.masks:
+                gradient.mul_(attacker.masks[name])
+        return self._averaged(loss.detach(), gradients)
+
+    @staticmethod
+    def _averaged(loss: Tensor, gradients: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Average over ranks, in one message."""
+        flat = torch.cat([loss.reshape(1), *(gradient.flatten() for gradient in gradients)])
+        flat = reduce(flat, reduction="mean")
+        parts = flat.split([1, *(gradient.numel() for gradient in gradients)])
+        return parts[0][0], [part.view_as(g) for part, g in zip(parts[1:], gradients, strict=True)]
+
+    def _ascend(self, attacker: _Attacker, gradients: Sequence[Tensor], weight: Tensor) -> None:
+        """Subtract the attacker's gradient, clipped to norm 1, from that of the encoder."""
+        pairs = [
+            (parameter.grad, gradient)
+            for (name, parameter), gradient in zip(self.weights.items(), gradients, strict=False)
+            if parameter.grad is not None and name not in attacker.blocked
+        ]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([gradient for _, gradient in pairs])))
+        scale = weight / norm.clamp_min(1.0)
+        torch._foreach_sub_([own for own, _ in pairs], torch._foreach_mul([g for _, g in pairs], scale))
+
+    # State
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State tensors by name, for a checkpoint; with :meth:`scalars` they are the whole state."""
+        living = {slot: attacker for slot, attacker in enumerate(self.attackers) if attacker is not None}
+        return {f"{slot}.{name}": t for slot, attacker in living.items() for name, t in attacker.tensors().items()}
+
+    def scalars(self) -> dict[str, Any]:
+        """JSON part of the state."""
+        return {
+            "turn": self.turn,
+            "lives": self.lives,
+            "ages": [None if attacker is None else attacker.age for attacker in self.attackers],
+            "blocked": [[] if attacker is None else attacker.blocked for attacker in self.attackers],
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Restore what :meth:`tensors` and :meth:`scalars` gave."""
+        self.turn, self.lives = scalars["turn"], list(scalars["lives"])
+        for slot, age in enumerate(scalars["ages"]):
+            self.attackers[slot] = None
+            if age is None:
+                continue
+            plan = Plan.draw(self.options, self.seed, slot, self.lives[slot])
+            attacker = _Attacker(plan, self.weights, self.num_classes[self.domain(slot)], self.head.in_features)
+            attacker.age, attacker.blocked = age, list(scalars["blocked"][slot])
+            prefix = f"{slot}."
+            saved = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            device = next(iter(self.weights.values())).device
+            attacker.masks = {
+                name.removeprefix("mask."): t.to(device) for name, t in saved.items() if name.startswith("mask.")
+            }
+            for name, tensor in attacker.tensors().items():
+                tensor.copy_(saved[name])
+            self.attackers[slot] = attacker

@@ -1,0 +1,133 @@
+"""Attack a protected checkpoint, ours or anybody's, and say what each attack gets out of it.
+
+    python recipes/ntp_attack.py --checkpoint runs/ntp_vit/protected --unprotected runs/ntp_vit/unprotected \
+        --target_dataset optdigits --source_dataset mnist --output_dir runs/attacks
+
+Checkpoints are folders or Hub ids, datasets are what recipes/ntp_vit.py takes. Without --unprotected there is no
+retained transfer, only SLC-AUC. Running the same command again continues an interrupted run. The result is
+OUTPUT_DIR/results.json, table.md and attacks.png.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and the launch lines as they are written."""
+
+
+@dataclass
+class AttackArguments:
+    """Checkpoints, data, attacks and budget."""
+
+    checkpoint: str = field(metadata={"help": "Protected model: folder or Hub id."})
+    target_dataset: str = field(metadata={"help": "Unauthorized domain: embedded name, Hub id, folder, parquet."})
+    output_dir: str = field(metadata={"help": "Folder of this run."})
+    unprotected: str | None = field(default=None, metadata={"help": "The model before protection, if there is one."})
+    target_config: str | None = field(default=None, metadata={"help": "Configuration of that Hub dataset."})
+    target_revision: str | None = field(default=None, metadata={"help": "Revision of that Hub dataset."})
+    source_dataset: str | None = field(
+        default=None, metadata={"help": "Authorized domain, for the attacks that fine-tune on it first."}
+    )
+    source_max_samples: int = field(default=500, metadata={"help": "Authorized images that the attacker has."})
+    owner_fraction: float = field(
+        default=0.75,
+        metadata={
+            "help": "Share of the target's training images that protection has seen and that are left out; 0: none."
+        },
+    )
+    attacks: list[str] = field(
+        default_factory=lambda: ["decisive"], metadata={"help": "Names of attacks, 'decisive' or 'all'."}
+    )
+    controls: bool = field(
+        default=False, metadata={"help": "Attack magnitude-pruned and randomly pruned copies of --unprotected too."}
+    )
+    sample_sizes: list[int] = field(
+        default_factory=lambda: [10, 30, 100], metadata={"help": "Labelled target images of the learning curves."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Attack seeds."})
+    steps: int = field(default=600, metadata={"help": "Optimizer steps of a fit."})
+    batch_size: int = field(default=32, metadata={"help": "Images per step of a fit."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "Rates the attacker chooses from."}
+    )
+    jobs: int | None = field(default=None, metadata={"help": "Processes; default one per core."})
+
+
+def parse(argv: list[str]) -> AttackArguments:
+    """Read the command line."""
+    from transformers.hf_argparser import HfArgumentParser
+
+    types: Any = AttackArguments
+    parser = HfArgumentParser(types, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    (arguments,) = parser.parse_args_into_dataclasses(argv)
+    if arguments.controls and arguments.unprotected is None:
+        parser.error("--controls needs --unprotected: the controls are pruned copies of it")
+    return arguments
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    """Run the recipe and return the content of ``results.json``."""
+    arguments = parse(argv)
+
+    from transformers import AutoImageProcessor
+
+    import hf_ntp
+    from hf_ntp.attacks import ATTACKS, DECISIVE
+    from hf_ntp.data import check_target
+    from hf_ntp.evaluation.controls import prune_without_protection
+    from hf_ntp.evaluation.suite import run_attacks
+    from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
+    from hf_ntp.run_folder import claim_run_folder, whole_file
+
+    words = {"decisive": list(DECISIVE), "all": list(ATTACKS)}
+    attacks = list(dict.fromkeys(name for word in arguments.attacks for name in words.get(word, [word])))
+    protocol = hf_ntp.FineTuneProtocol(arguments.steps, arguments.batch_size, tuple(arguments.learning_rates))
+    target = hf_ntp.load_domain(
+        arguments.target_dataset, config=arguments.target_config, revision=arguments.target_revision
+    )
+    check_target(target["train"]["label"])
+    run = claim_run_folder(
+        arguments.output_dir, {key: value for key, value in vars(arguments).items() if key != "jobs"}
+    )
+    train = target["train"]
+    if arguments.owner_fraction > 0:
+        _, train = hf_ntp.split_owner_attacker(train, arguments.owner_fraction)
+    processor = AutoImageProcessor.from_pretrained(arguments.checkpoint, backend="pil")
+    source = None
+    if arguments.source_dataset is not None:
+        domain = hf_ntp.load_domain(arguments.source_dataset, max_samples=arguments.source_max_samples)
+        source = hf_ntp.PixelDataset.from_dataset(domain["train"], processor)
+    train, validation, test = (
+        hf_ntp.PixelDataset.from_dataset(part, processor) for part in (train, target["validation"], target["test"])
+    )
+    data = hf_ntp.AttackData(train, validation, test, source)
+    starts = {"protected": arguments.checkpoint}
+    if arguments.unprotected is not None:
+        starts["unprotected"] = arguments.unprotected
+    if arguments.controls and arguments.unprotected is not None:
+        for kind in ("magnitude", "random"):
+            folder = run / f"{kind}_pruned"
+            if not folder.exists():
+                prune_without_protection(arguments.unprotected, folder, arguments.checkpoint, kind)
+            starts[folder.name] = str(folder)
+    results = run_attacks(
+        starts, data, attacks, arguments.sample_sizes, arguments.seeds, protocol, run / "fits", arguments.jobs
+    )
+    results = {"checkpoint": arguments.checkpoint, "target": arguments.target_dataset, **results}
+    table = attacks_table(results)
+    with whole_file(run / "results.json") as staged:
+        staged.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    (run / "table.md").write_text(table + "\n")
+    plot_attacks(results, run / "attacks.png", f"{arguments.checkpoint} on {arguments.target_dataset}")
+    print(f"\n{table}\n\nSLC-AUC, normalized: mean accuracy gap to scratch. Everything is in {run}")
+    return results
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,162 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_ntp.models import find_head, prunable_weights
+from hf_ntp.training.arguments import ProtectionArguments
+from hf_ntp.training.attackers import AttackerPool, Plan
+
+from ..conftest import Rows, tiny_resnet, tiny_vit
+
+ONE = {"attackers": 1, "attacker_informed": 0.0, "attacker_keeps_mask": 0.0, "attacker_patience": 0}
+
+
+def pool_of(model, seed=0, **options):
+    name, head = find_head(model)
+    return AttackerPool(model, name, head, {"target": 3}, ProtectionArguments(**options), seed)
+
+
+def batch(size=12, seed=0):
+    data = Rows(size=size, seed=seed)
+    return {"target": (data.images, data.labels)}
+
+
+def no_masks():
+    return {}
+
+
+def with_gradients(model):
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return model
+
+
+def test_the_first_step_by_hand():
+    """The defender gets minus the clipped gradient at W; the offset becomes one step of Adam: -rate * sign."""
+    model = with_gradients(tiny_vit())
+    pool = pool_of(model, attacker_weight=2.0, attacker_learning_rates=[1e-3], **ONE)
+    reference = copy.deepcopy(model)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    # Weights of the head drawn as the pool draws them.
+    plan = Plan.draw(pool.options, 0, 0, 0)
+    generator = torch.Generator().manual_seed(plan.seed)
+    head = torch.randn(3, 16, generator=generator) * 0.02
+    images, labels = batch()["target"]
+    (step,) = pool.step({"target": (images, labels)}, no_masks, strength=0.5)
+
+    hidden = reference.vit(pixel_values=images).last_hidden_state[:, 0]
+    loss = F.cross_entropy(hidden @ head.T, labels)
+    wanted = dict(
+        zip(pool.weights, torch.autograd.grad(loss, [reference.get_parameter(n) for n in pool.weights]), strict=True)
+    )
+    norm = math.sqrt(sum(float(g.square().sum()) for g in wanted.values()))
+    assert step.loss == pytest.approx(float(loss.detach()), abs=1e-6)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert float(step.loss) < math.log(3), "the attacker is below chance, so the defender reacts"
+    factor = 0.5 * 2.0 / max(norm, 1.0)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, -factor * gradient, atol=1e-6, rtol=1e-4)
+        moved = gradient.abs() > 1e-5
+        torch.testing.assert_close(
+            pool.attackers[0].offsets[name][moved], -1e-3 * gradient[moved].sign(), atol=1e-5, rtol=0
+        )
+    assert model.classifier.weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("make", [tiny_vit, tiny_resnet])
+@pytest.mark.parametrize("sgd", [0.0, 1.0])
+def test_an_attacker_learns_and_leaves_the_model_alone(make, sgd):
+    """Its loss falls at W + offset while weights, statistics and the global random state stay as they were."""
+    model = with_gradients(make())
+    pool = pool_of(model, attacker_learning_rates=[3e-3], attacker_horizon=[200, 200], attacker_sgd=sgd, **ONE)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    losses = [float(pool.step(batch(), no_masks, 1.0)[0].loss) for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert any(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_attackers_take_turns_die_and_are_replaced():
+    pool = pool_of(
+        with_gradients(tiny_vit()),
+        attackers=3,
+        attackers_per_step=2,
+        attacker_horizon=[2, 4],
+        attacker_patience=0,
+    )
+    last = [step.last for _ in range(12) for step in pool.step(batch(), no_masks, 1.0)]
+    assert pool.turn == 24 % 3
+    assert sum(last) == sum(pool.lives) >= 6
+    assert all(attacker is None or attacker.age < attacker.plan.lifetime for attacker in pool.attackers)
+
+
+def test_first_lives_are_staggered():
+    options = ProtectionArguments(attackers=4, attacker_horizon=[100, 100])
+    assert [Plan.draw(options, 0, slot, 0).lifetime for slot in range(4)] == [100, 100, 100, 100]
+    options = ProtectionArguments(attackers=4, attacker_horizon=[10, 100])
+    drawn = [[Plan.draw(options, seed, slot, 0).lifetime for slot in range(4)] for seed in range(50)]
+    assert all(10 <= lifetime <= 100 for lives in drawn for lifetime in lives)
+    means = [sum(column) / 50 for column in zip(*drawn, strict=True)]
+    assert means == sorted(means)
+
+
+def test_a_kept_mask_holds_weights_and_gradients():
+    model = with_gradients(tiny_vit())
+    masks = {name: torch.rand_like(weight) > 0.5 for name, weight in prunable_weights(model).items()}
+    pool = pool_of(model, **{**ONE, "attacker_keeps_mask": 1.0, "attacker_horizon": [50, 50]})
+    for _ in range(5):
+        pool.step(batch(), lambda: masks, 1.0)
+    (attacker,) = pool.attackers
+    for name, mask in masks.items():
+        assert bool((attacker.offsets[name][~mask] == 0).all())
+        assert bool((attacker.offsets[name][mask] != 0).any())
+        assert bool((model.get_parameter(name).grad[~mask] == 0).all())
+
+
+def test_informed_attackers_start_elsewhere_and_pass_no_gradient_there(monkeypatch):
+    from hf_ntp.training import attackers
+
+    monkeypatch.setattr(attackers, "_INFORMED", {"stem": attackers._INFORMED["stem"]})
+    model = with_gradients(tiny_vit())
+    pool = pool_of(model, **{**ONE, "attacker_informed": 1.0, "attacker_horizon": [50, 50]})
+    for _ in range(30):
+        pool.step(batch(), no_masks, 1.0)
+    stem = "vit.embeddings.patch_embeddings.projection.weight"
+    assert stem in pool.attackers[0].blocked
+    assert pool.attackers[0].offsets[stem].abs().max() > 0.01
+    assert model.get_parameter(stem).grad.abs().sum() == 0
+    assert model.get_parameter("vit.layers.1.mlp.fc1.weight").grad.abs().sum() > 0
+
+
+def test_state_round_trip_continues_exactly():
+    options = {"attackers": 3, "attacker_horizon": [3, 6], "attacker_informed": 0.5, "attacker_keeps_mask": 0.5}
+    model = with_gradients(tiny_vit())
+    masks = {name: torch.rand_like(weight) > 0.5 for name, weight in prunable_weights(model).items()}
+    one = pool_of(model, **options)
+    for _ in range(7):
+        one.step(batch(), lambda: masks, 1.0)
+    other_model = with_gradients(tiny_vit())
+    other = pool_of(other_model, **options)
+    other.load({name: tensor.clone() for name, tensor in one.tensors().items()}, copy.deepcopy(one.scalars()))
+    for parameter, same in zip(model.parameters(), other_model.parameters(), strict=True):
+        same.grad.copy_(parameter.grad)
+    for _ in range(7):
+        mine, theirs = one.step(batch(), lambda: masks, 1.0), other.step(batch(), lambda: masks, 1.0)
+        assert [float(s.loss) for s in mine] == [float(s.loss) for s in theirs]
+    for parameter, same in zip(model.parameters(), other_model.parameters(), strict=True):
+        assert torch.equal(parameter.grad, same.grad)
+
+
+def test_slots_belong_to_domains_in_turn():
+    model = with_gradients(tiny_vit())
+    name, head = find_head(model)
+    pool = AttackerPool(model, name, head, {"a": 3, "b": 5}, ProtectionArguments(attackers=4), 0)
+    assert [pool.domain(slot) for slot in range(4)] == ["a", "b", "a", "b"]
+    data = Rows(size=10, classes=5)
+    for _ in range(4):
+        pool.step({"a": batch()["target"], "b": (data.images, data.labels)}, no_masks, 1.0)
+    assert [len(attacker.head["bias"]) for attacker in pool.attackers] == [3, 5, 3, 5]
