@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from hf_ntp.training.arguments import ProtectionArguments
+from hf_ntp.training.arguments import PRESETS, ProtectionArguments
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -44,6 +44,13 @@ class RecipeArguments:
 
     config: str = field(
         default=str(Path(__file__).with_suffix(".yaml")), metadata={"help": "YAML file with defaults of all options."}
+    )
+    preset: str = field(
+        default="adaptive",
+        metadata={
+            "help": "Defaults of the options: 'adaptive' or 'paper' (published).",
+            "choices": [*PRESETS],
+        },
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Model to protect, Hub id or folder. Default: a small ViT trained here."}
@@ -85,7 +92,7 @@ class RecipeArguments:
     attack_steps: int = field(default=600, metadata={"help": "Optimizer steps of every fit."})
     attack_batch_size: int = field(default=32, metadata={"help": "Images per step of every fit."})
     attack_learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3], metadata={"help": "Rates the attacker chooses from."}
+        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "Rates the attacker chooses from."}
     )
     jobs: int | None = field(default=None, metadata={"help": "Processes that fit curves; default one per core."})
     repo_id: str = field(default="path/to/this/folder", metadata={"help": "What the card says to load."})
@@ -112,7 +119,9 @@ def parse(argv: list[str]) -> tuple[RecipeArguments, NTPConfig]:
     """Read YAML defaults and command-line options; unknown keys in either are errors."""
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=RecipeArguments.config)
-    defaults = yaml.safe_load(Path(first.parse_known_args(argv)[0].config).read_text()) or {}
+    first.add_argument("--preset", default=RecipeArguments.preset)
+    early = first.parse_known_args(argv)[0]
+    defaults = PRESETS.get(early.preset, {}) | (yaml.safe_load(Path(early.config).read_text()) or {})
     # How long to train is one choice: epochs on the command line replace the file's number of steps.
     if "--num_train_epochs" in argv and "--max_steps" not in argv:
         defaults.pop("max_steps", None)

@@ -1,6 +1,7 @@
 """Attacks: what somebody who has the checkpoint and some labelled target images may try (METHOD names in brackets).
 
-Plain torch, Trainer-free and unaware of how a checkpoint was protected. A new attack is one file and one line below.
+Trainer-free (torch, peft, scikit-learn) and unaware of how a checkpoint was protected. A new attack is one file and
+one line below.
 """
 
 from __future__ import annotations

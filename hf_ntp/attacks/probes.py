@@ -21,6 +21,8 @@ from .features import features_and_logits
 
 _DECADES = tuple(10.0**power for power in range(-3, 4))
 _MAX_ITERATIONS = 1000
+# Relative to the largest singular value: what rounding in float32 leaves of a direction that is not there.
+_ROUNDING = 1e-6
 
 
 class _Kind(NamedTuple):
@@ -80,8 +82,8 @@ def _linear(value: float, features: np.ndarray) -> Pipeline:
 def _whitened(value: float, features: np.ndarray) -> Pipeline:
     # Directions without variance would be divided by rounding noise: keep only those that the features span.
     singular_values = np.linalg.svd(StandardScaler().fit_transform(features), compute_uv=False)
-    tolerance = singular_values[0] * max(features.shape) * np.finfo(np.float32).eps
-    rank = max(int((singular_values > tolerance).sum()), 1)
+
+    rank = max(int((singular_values > _ROUNDING * singular_values[0]).sum()), 1)
     whitening = PCA(rank, whiten=True, svd_solver="full")
     return _on_standardised(whitening, LogisticRegression(C=value, max_iter=_MAX_ITERATIONS))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -227,7 +228,7 @@ class _Describer:
         self._common = {
             "protocol": settings,
             "device": str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"),
-            "versions": [torch.__version__, transformers.__version__],
+            "versions": [version(name) for name in ("torch", "transformers", "peft", "scikit-learn")],
             "data": [part.fingerprint for part in (data.train, data.validation, data.test)],
         }
         self._source = None if data.source is None else data.source.fingerprint

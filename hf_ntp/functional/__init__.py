@@ -10,6 +10,7 @@ from .admm import (
     soft_anchor,
     soft_dual,
 )
+from .collapse import relative_collapse, token_spread
 from .fisher import (
     between_class_scatter,
     class_means,
@@ -64,11 +65,13 @@ __all__ = [
     "project_cardinality",
     "project_global_cardinality",
     "project_n_m",
+    "relative_collapse",
     "retained_transfer",
     "slc_auc",
     "soft_anchor",
     "soft_dual",
     "soft_threshold",
+    "token_spread",
     "trace_ratio",
     "uniform_cross_entropy",
     "whitened_discriminant",

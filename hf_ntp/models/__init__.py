@@ -12,7 +12,7 @@ from .encoder import (
     prunable_weights,
     recorded_features,
     replace_head,
-    stage_features,
+    stage_tokens,
     zero_fraction,
 )
 
@@ -28,6 +28,6 @@ __all__ = [
     "prunable_weights",
     "recorded_features",
     "replace_head",
-    "stage_features",
+    "stage_tokens",
     "zero_fraction",
 ]

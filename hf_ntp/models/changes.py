@@ -1,12 +1,13 @@
 """What somebody may change in a checkpoint before training it, to undo what protection did to it.
 
-Functions of (model, seed), in place; they return the names of the parameters whose old values are gone.
+Functions of (model, seed), in place. They return how much of its old value a parameter still has, by name; parameters
+that are not named have all of it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -26,57 +27,66 @@ def fresh_model(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _reinitialise(model: PreTrainedModel, names: Iterable[str], seed: int) -> list[str]:
+def _reinitialise(model: PreTrainedModel, names: Iterable[str], seed: int) -> dict[str, float]:
     fresh = fresh_model(model, seed).state_dict()
     own = model.state_dict(keep_vars=True)
     for name in names:
         own[name].data.copy_(fresh[name])
-    return [name for name in names if isinstance(own[name], nn.Parameter)]
+    return {name: 0.0 for name in names if isinstance(own[name], nn.Parameter)}
 
 
 def _belongs(model: PreTrainedModel, module: str) -> list[str]:
     return [name for name in model.state_dict() if name.startswith(f"{module}.")]
 
 
-def reset_norms(model: PreTrainedModel, seed: int) -> list[str]:
+def reset_norms(model: PreTrainedModel, seed: int) -> dict[str, float]:
     """Give every norm layer (layer, batch, group) its initial scale, shift and statistics."""
-    gone = []
+    left: dict[str, float] = {}
     for name, module in model.named_modules():
         # By the name of its class: norm layers have no common base class.
         if "norm" in type(module).__name__.lower() and hasattr(module, "reset_parameters"):
             module.reset_parameters()
-            gone += [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
-    return gone
+            left |= {f"{name}.{parameter}": 0.0 for parameter, _ in module.named_parameters(recurse=False)}
+    return left
 
 
 @torch.no_grad()
-def renormalize(model: PreTrainedModel, seed: int) -> list[str]:
+def renormalize(model: PreTrainedModel, seed: int) -> dict[str, float]:
     """Scale every linear and convolutional weight to the norm that a fresh one has: undoes rescaling tricks."""
     fresh = dict(fresh_model(model, seed).named_parameters())
+    left = {}
     for name, weight in noted_prunable_weights(model).items():
-        weight.mul_(fresh[name].norm() / weight.norm().clamp_min(1e-12))
-    return []
+        left[name] = float(fresh[name].norm() / weight.norm().clamp_min(1e-12))
+        weight.mul_(left[name])
+    return left
 
 
 @torch.no_grad()
-def shrink_and_perturb(model: PreTrainedModel, seed: int) -> list[str]:
+def shrink_and_perturb(model: PreTrainedModel, seed: int) -> dict[str, float]:
     """Move every weight halfway to a fresh initialisation."""
     fresh = dict(fresh_model(model, seed).named_parameters())
     for name, weight in model.named_parameters():
         weight.lerp_(fresh[name], 1 - _KEPT_SHARE)
-    return []
+    return {name: _KEPT_SHARE for name, _ in model.named_parameters()}
 
 
 @torch.no_grad()
-def regrow_zeros(model: PreTrainedModel, seed: int) -> list[str]:
-    """Give every pruned weight the value that a fresh one has."""
+def regrow(model: PreTrainedModel, masks: Mapping[str, torch.Tensor], seed: int) -> dict[str, float]:
+    """Give every weight that a boolean mask (by name) leaves out the value that a fresh one has."""
     fresh = dict(fresh_model(model, seed).named_parameters())
-    for name, weight in noted_prunable_weights(model).items():
-        weight.copy_(torch.where(weight == 0, fresh[name], weight))
-    return []
+    for name, mask in masks.items():
+        weight = model.get_parameter(name)
+        weight.copy_(torch.where(mask, weight, fresh[name]))
+    return {}
 
 
-def reinit_stem(model: PreTrainedModel, seed: int) -> list[str]:
+def regrow_zeros(model: PreTrainedModel, seed: int) -> dict[str, float]:
+    """Give every pruned weight the value that a fresh one has."""
+    masks = {name: weight != 0 for name, weight in noted_prunable_weights(model).items()}
+    return regrow(model, masks, seed)
+
+
+def reinit_stem(model: PreTrainedModel, seed: int) -> dict[str, float]:
     """Re-initialise what comes before the first block: patch or stem convolution, position and class embeddings."""
     first = blocks_of(model)[0]
     names = list(model.state_dict())
@@ -84,11 +94,11 @@ def reinit_stem(model: PreTrainedModel, seed: int) -> list[str]:
     return _reinitialise(model, names[:start], seed)
 
 
-def reinit_first_block(model: PreTrainedModel, seed: int) -> list[str]:
+def reinit_first_block(model: PreTrainedModel, seed: int) -> dict[str, float]:
     """Re-initialise the first block (the first stage of a ConvNet)."""
     return _reinitialise(model, _belongs(model, blocks_of(model)[0]), seed)
 
 
-def reinit_last_block(model: PreTrainedModel, seed: int) -> list[str]:
+def reinit_last_block(model: PreTrainedModel, seed: int) -> dict[str, float]:
     """Re-initialise the last block (the last stage of a ConvNet)."""
     return _reinitialise(model, _belongs(model, blocks_of(model)[-1]), seed)

@@ -181,8 +181,8 @@ def recorded_features(head: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def stage_features(hidden_states: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-    """Mean output of every block: over tokens for [N, T, D], over positions for [N, D, H, W].
+def stage_tokens(hidden_states: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    """Output of every block as [N, T, D]: the tokens of a transformer, or the positions of a feature map [N, D, H, W].
 
     Args:
         hidden_states: What a model returns with ``output_hidden_states=True``; the first one, the embeddings, is
@@ -193,10 +193,10 @@ def stage_features(hidden_states: Sequence[Tensor] | None) -> tuple[Tensor, ...]
     """
     if not hidden_states:
         raise ValueError(
-            "the model returns no hidden_states; needed: the output of every block for fisher_level='stages'. Use "
-            "fisher_level='pooled', or a model that supports output_hidden_states=True."
+            "the model returns no hidden_states; needed: the output of every block. Use fisher_level='pooled' and "
+            "collapse_weight=0, or a model that supports output_hidden_states=True."
         )
-    return tuple(state.mean((2, 3)) if state.dim() == 4 else state.mean(1) for state in hidden_states[1:])
+    return tuple(state.flatten(2).mT if state.dim() == 4 else state for state in hidden_states[1:])
 
 
 def has_batch_norm(model: nn.Module) -> bool:

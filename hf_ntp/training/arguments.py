@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 
 def parse_n_m(pattern: str) -> tuple[int, int] | None:
@@ -12,9 +13,33 @@ def parse_n_m(pattern: str) -> tuple[int, int] | None:
     return (int(n), int(m)) if colon and n.isdigit() and m.isdigit() else None
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "adaptive": {},
+    "paper": {
+        "sparsity": 0.95,
+        "prune_pattern": "l1",
+        "rho": 5e-3,
+        "l1_weight": 1e-4,
+        "target_loss": "ascent",
+        "target_weight": 1.0,
+        "target_warmup": 0.0,
+        "source_distillation": 0.0,
+        "collapse_weight": 0.0,
+        "attackers": 0,
+        "fisher": "trace_ratio",
+        "fisher_level": "pooled",
+        "fisher_weight": 1e3,
+    },
+}
+"""Options by name of the preset: "adaptive" (the defaults) and "paper" (NTP's published terms and settings)."""
+
+
 @dataclass
 class ProtectionArguments:
-    """Options of Non-Transferable Pruning, next to those of `transformers.TrainingArguments`."""
+    """Options of Non-Transferable Pruning, next to those of `transformers.TrainingArguments`.
+
+    The defaults are the preset "adaptive"; see :data:`PRESETS`.
+    """
 
     sparsity: float = field(
         default=0.85, metadata={"help": "Fraction of zeros among the prunable weights at the end, in [0, 1)."}
@@ -77,31 +102,46 @@ class ProtectionArguments:
         default=4,
         metadata={"help": "Simulated attackers who fine-tune the encoder during protection; 0 is off (published)."},
     )
-    attackers_per_step: int = field(
-        default=1,
-        metadata={"help": "How many of them act before every optimizer step, in turn; each costs a plain step."},
+    attacker_batch_size: int = field(
+        default=16,
+        metadata={"help": "Target images of one attacker's step, a slice of the target batch; all take a step each."},
     )
     attacker_weight: float = field(
-        default=3.0, metadata={"help": "Weight of the gradient that denies the attackers their progress, >= 0."}
+        default=10.0, metadata={"help": "Weight of the gradient that denies an attacker its progress, >= 0."}
+    )
+    attacker_warmup: float = field(
+        default=0.5, metadata={"help": "Share of all steps over which that weight rises from 0."}
     )
     attacker_learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3, 3e-3, 1e-2], metadata={"help": "Rates that attackers draw from."}
+        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "Rates that attackers draw from."}
     )
     attacker_horizon: list[int] = field(
-        default_factory=lambda: [10, 100], metadata={"help": "Shortest and longest life of an attacker, in its steps."}
+        default_factory=lambda: [20, 500],
+        metadata={"help": "Shortest and longest life of an attacker in steps; drawn evenly on a log scale."},
     )
     attacker_patience: int = field(
         default=2, metadata={"help": "Steps an attacker takes before the defender reacts: the first fit its head."}
     )
     attacker_informed: float = field(
-        default=0.3,
-        metadata={"help": "Share of attackers who first reset norms, perturb, or re-initialise stem or first block."},
+        default=0.5,
+        metadata={"help": "Share of attackers who first reset, rescale, perturb or re-initialise parts of it."},
     )
     attacker_keeps_mask: float = field(
-        default=0.25, metadata={"help": "Share of attackers who keep the present pruning mask."}
+        default=0.2, metadata={"help": "Share of attackers who keep the present pruning mask."}
     )
     attacker_sgd: float = field(
         default=0.0, metadata={"help": "Share of attackers with SGD and momentum (30-fold rates) instead of Adam."}
+    )
+    source_distillation: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the distance to the original model's predictions on the source, >= 0; costs a "
+            "frozen copy of the model and its forward pass."
+        },
+    )
+    collapse_weight: float = field(
+        default=0.3,
+        metadata={"help": "Weight of the collapse of target tokens relative to source tokens, >= 0."},
     )
     fisher: str = field(
         default="whitened",
@@ -130,10 +170,10 @@ class ProtectionArguments:
         for name in ("rho", "l1_weight", "target_head_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: a positive, finite number.")
-        for name in ("target_weight", "fisher_weight", "attacker_weight"):
+        for name in ("target_weight", "fisher_weight", "attacker_weight", "source_distillation", "collapse_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: 0 (off) or a positive, finite number.")
-        for name in ("admm_interval", "target_head_steps", "attackers_per_step"):
+        for name in ("admm_interval", "target_head_steps", "attacker_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: an integer >= 1.")
         for name, words in (
@@ -145,7 +185,7 @@ class ProtectionArguments:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; needed: one of {', '.join(map(repr, words))}.")
         if self.target_bound is not None and self.target_bound <= 0:
             raise ValueError(f"target_bound is {self.target_bound}; needed: a positive number of nats, or null.")
-        shares = ("attacker_informed", "attacker_keeps_mask", "attacker_sgd")
+        shares = ("attacker_warmup", "attacker_informed", "attacker_keeps_mask", "attacker_sgd")
         for name in ("fisher_shrinkage", "target_warmup", *shares):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: a value in [0, 1].")
@@ -163,11 +203,8 @@ class ProtectionArguments:
         self._check_pattern()
 
     def _check_attackers(self) -> None:
-        if self.attackers < 0 or self.attackers_per_step > max(self.attackers, 1):
-            raise ValueError(
-                f"attackers is {self.attackers} and attackers_per_step is {self.attackers_per_step}; needed: 0 (off) "
-                "or more attackers, of whom at most all act in a step."
-            )
+        if self.attackers < 0:
+            raise ValueError(f"attackers is {self.attackers}; needed: 0 (off) or the number of simulated attackers.")
         if not self.attacker_learning_rates or min(self.attacker_learning_rates) <= 0:
             raise ValueError(
                 f"attacker_learning_rates are {self.attacker_learning_rates}; needed: at least one positive rate."

@@ -5,9 +5,11 @@ One forward and backward pass at the attacker's weights W + offset gives two thi
 which descends its cross-entropy L_T, and the defender's first-order gradient, which ascends it there (the idea of
 SOPHON, Deng et al. 2024, and TAR, Tamirisa et al. 2024: simulate the attack, then raise the loss where it leads):
 
-    offset <- Optimizer(offset, grad L_T(W + offset)),    W.grad += -weight * clip(grad L_T(W + offset), 1) / acting
+    offset <- Optimizer(offset, grad L_T(W + offset)),    W.grad += -weight * clip(grad L_T(W + offset), 1)
 
-Lifetimes are staggered, so that young and old attackers act side by side and a long horizon costs no unrolling.
+Lifetimes are staggered, so that young and old attackers act side by side and a long horizon costs no unrolling. An
+attacker who begins with part of the encoder re-initialised or shrunk is at c W + offset, c < 1 there; the defender's
+gradient has the factor c.
 """
 
 from __future__ import annotations
@@ -34,13 +36,29 @@ _MOMENTUM = 0.9
 _SGD_RATE_FACTOR = 30.0
 _HEAD_STD = 0.02
 
-_INFORMED = {
+_ZEROS = "zeros"
+_INFORMED: dict[str, tuple[Callable[[PreTrainedModel, int], dict[str, float]], ...]] = {
     "norms": (changes.reset_norms,),
+    "rescaled": (changes.renormalize,),
     "perturbed": (changes.shrink_and_perturb,),
     "stem": (changes.reinit_stem,),
     "first_block": (changes.reinit_first_block,),
     "stem_and_first_block": (changes.reinit_stem, changes.reinit_first_block),
+    _ZEROS: (),
 }
+# The first block is what a protection likes to turn into a gate, so it is attacked most.
+_SHARES = {
+    "norms": 2,
+    "rescaled": 1,
+    "perturbed": 2,
+    "stem": 1,
+    "first_block": 4,
+    "stem_and_first_block": 2,
+    _ZEROS: 1,
+}
+# An attacker this close to chance has nothing to be denied.
+_MARGIN = 0.02
+_RATE_WARMUP = 5
 
 
 class Plan(NamedTuple):
@@ -58,7 +76,7 @@ class Plan(NamedTuple):
         """Draw the attacker that is number ``life`` in ``slot``."""
         rng = np.random.default_rng([seed, slot, life])
         shortest, longest = options.attacker_horizon
-        lifetime = int(rng.integers(shortest, longest + 1))
+        lifetime = round(float(np.exp(rng.uniform(np.log(shortest), np.log(longest)))))
         if life == 0:  # staggered: the first ones die early, one after the other
             lifetime = max(shortest, lifetime * (slot + 1) // options.attackers)
         informed = rng.random() < options.attacker_informed
@@ -66,7 +84,9 @@ class Plan(NamedTuple):
             rate=float(rng.choice(options.attacker_learning_rates)),
             sgd=bool(rng.random() < options.attacker_sgd),
             lifetime=lifetime,
-            start=str(rng.choice(list(_INFORMED))) if informed else "plain",
+            start=str(rng.choice(list(_SHARES), p=np.array(list(_SHARES.values())) / sum(_SHARES.values())))
+            if informed
+            else "plain",
             keeps_mask=bool(rng.random() < options.attacker_keeps_mask),
             seed=int(rng.integers(2**31)),
         )
@@ -80,7 +100,10 @@ class AttackerStep(NamedTuple):
 
 
 class _Attacker:
-    """One simulated attacker: offsets from the encoder's weights, a head, and the optimizer's moments."""
+    """One simulated attacker: offsets from the encoder's weights, a head, and the optimizer's moments.
+
+    ``kept`` says by which factor it still follows a weight of the encoder, by name; 1 where it is silent.
+    """
 
     def __init__(self, plan: Plan, weights: Mapping[str, Tensor], num_classes: int, width: int) -> None:
         generator = torch.Generator().manual_seed(plan.seed)
@@ -88,7 +111,7 @@ class _Attacker:
         device = next(iter(weights.values())).device
         self.plan = plan
         self.age = 0
-        self.blocked: list[str] = []
+        self.kept: dict[str, float] = {}
         self.offsets = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self.head = {"weight": head.to(device), "bias": torch.zeros(num_classes, device=device)}
         self.masks: dict[str, Tensor] = {}
@@ -101,11 +124,12 @@ class _Attacker:
     def advance(self, gradients: list[Tensor]) -> None:
         """One optimizer step (SGD with momentum, or Adam)."""
         self.age += 1
+        rate = self.plan.rate * min(1.0, self.age / _RATE_WARMUP)
         first = self.moments[0]
         if self.plan.sgd:
             torch._foreach_mul_(first, _MOMENTUM)
             torch._foreach_add_(first, gradients)
-            torch._foreach_add_(self.trained(), first, alpha=-self.plan.rate * _SGD_RATE_FACTOR)
+            torch._foreach_add_(self.trained(), first, alpha=-rate * _SGD_RATE_FACTOR)
             return
         second, (beta1, beta2) = self.moments[1], _BETAS
         torch._foreach_lerp_(first, gradients, 1 - beta1)
@@ -114,7 +138,7 @@ class _Attacker:
         scale = torch._foreach_sqrt(second)
         torch._foreach_div_(scale, (1 - beta2**self.age) ** 0.5)
         torch._foreach_add_(scale, 1e-8)
-        torch._foreach_addcdiv_(self.trained(), first, scale, -self.plan.rate / (1 - beta1**self.age))
+        torch._foreach_addcdiv_(self.trained(), first, scale, -rate / (1 - beta1**self.age))
 
     def tensors(self) -> dict[str, Tensor]:
         """State by name, for a checkpoint."""
@@ -130,8 +154,8 @@ class AttackerPool:
     """Simulated attackers of all unauthorized domains, in slots; a slot belongs to one domain.
 
     Memory: per attacker three copies of the encoder's trainable weights (offset and Adam's two moments) and, while it
-    keeps the mask, one byte per prunable weight. Cost per optimizer step: ``attackers_per_step`` forward and
-    backward passes on a target batch.
+    keeps the mask, one byte per prunable weight. Cost per optimizer step: one forward and backward pass on
+    ``attacker_batch_size`` target images per attacker.
 
     Args:
         model: The encoder under protection, unwrapped.
@@ -160,7 +184,6 @@ class AttackerPool:
         }
         self.lives = [0] * options.attackers
         self.attackers: list[_Attacker | None] = [None] * options.attackers
-        self.turn = 0
 
     def domain(self, slot: int) -> str:
         """Name of the unauthorized domain that a slot attacks."""
@@ -171,37 +194,40 @@ class AttackerPool:
         batches: Mapping[str, tuple[Tensor, Tensor]],
         masks: Callable[[], Mapping[str, Tensor]],
         strength: float,
-        autocast: AbstractContextManager[Any] | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> list[AttackerStep]:
-        """Let the attackers whose turn it is take a step, and add the defender's gradient to ``.grad``.
+        """Let every attacker take a step, and add the defender's gradient to ``.grad``.
 
         Args:
             batches: Pixel values [N, 3, H, W] and labels [N] by domain.
-            masks: Gives the present boolean pruning mask by weight name, for attackers that are born and keep it.
+            masks: Gives the present boolean pruning mask by weight name, for attackers that are born now.
             strength: Factor on ``attacker_weight`` at this step, in [0, 1].
-            autocast: Context of the forward pass.
+            autocast: Gives the context of a forward pass.
 
         Returns:
-            One entry per attacker that acted.
+            One entry per attacker.
         """
-        acting = [(self.turn + i) % len(self.lives) for i in range(self.options.attackers_per_step)]
-        self.turn = (acting[-1] + 1) % len(self.lives)
         steps = []
-        for slot in acting:
+        for slot in range(len(self.lives)):
             attacker = self._living(slot, masks)
-            images, labels = batches[self.domain(slot)]
-            loss, gradients = self._gradients(attacker, images, labels, autocast or nullcontext())
+            images, labels = self._slice(slot, *batches[self.domain(slot)])
+            loss, gradients = self._gradients(attacker, images, labels, autocast())
             if attacker.age >= self.options.attacker_patience:  # a newborn one only fits its head
-                # An attacker at chance has nothing to be denied. A factor instead of a branch: no wait for the device.
-                below_chance = (loss < float(np.log(self.num_classes[self.domain(slot)]))).float()
-                weight = strength * self.options.attacker_weight / len(acting)
-                self._ascend(attacker, gradients, weight * below_chance)
+                # A factor instead of a branch: no wait for the device.
+                denied = loss < float(np.log(self.num_classes[self.domain(slot)])) - _MARGIN
+                self._ascend(attacker, gradients, strength * self.options.attacker_weight * denied.float())
             attacker.advance(gradients)
             steps.append(AttackerStep(loss, attacker.age >= attacker.plan.lifetime))
             if attacker.age >= attacker.plan.lifetime:
                 self.attackers[slot] = None
                 self.lives[slot] += 1
         return steps
+
+    def _slice(self, slot: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Part of the batch that belongs to a slot: attackers share the batch out among them, in turn."""
+        parts = max(1, len(labels) // self.options.attacker_batch_size)
+        place = slot // len(self.num_classes) % parts
+        return images.chunk(parts)[place], labels.chunk(parts)[place]
 
     def _living(self, slot: int, masks: Callable[[], Mapping[str, Tensor]]) -> _Attacker:
         attacker = self.attackers[slot]
@@ -219,9 +245,12 @@ class AttackerPool:
             changed = copy.deepcopy(self.model)
             with torch.random.fork_rng():  # re-initialisation draws from the global generator
                 for change in _INFORMED[plan.start]:
-                    attacker.blocked += change(changed, plan.seed)
+                    for name, share in change(changed, plan.seed).items():
+                        attacker.kept[name] = share * attacker.kept.get(name, 1.0)
+                if plan.start == _ZEROS:
+                    changes.regrow(changed, masks(), plan.seed)
             for name, weight in self.weights.items():
-                attacker.offsets[name].copy_(changed.get_parameter(name) - weight)
+                attacker.offsets[name].copy_(changed.get_parameter(name) - attacker.kept.get(name, 1.0) * weight)
         return attacker
 
     def _gradients(
@@ -229,13 +258,10 @@ class AttackerPool:
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the attacker's cross-entropy at its own weights, and the gradients of those and of its head."""
         with torch.no_grad():
-            values = dict(
-                zip(
-                    self.weights,
-                    torch._foreach_add(list(self.weights.values()), list(attacker.offsets.values())),
-                    strict=True,
-                )
-            )
+            factors = [attacker.kept.get(name, 1.0) for name in self.weights]
+            moved = torch._foreach_mul(list(self.weights.values()), factors)
+            torch._foreach_add_(moved, list(attacker.offsets.values()))
+            values = dict(zip(self.weights, moved, strict=True))
             for name, mask in attacker.masks.items():
                 values[name].mul_(mask)
         leaves = [value.requires_grad_() for value in values.values()]
@@ -260,15 +286,16 @@ class AttackerPool:
         return parts[0][0], [part.view_as(g) for part, g in zip(parts[1:], gradients, strict=True)]
 
     def _ascend(self, attacker: _Attacker, gradients: Sequence[Tensor], weight: Tensor) -> None:
-        """Subtract the attacker's gradient, clipped to norm 1, from that of the encoder."""
-        pairs = [
-            (parameter.grad, gradient)
+        """Subtract the gradient of the attacker's loss with respect to W, clipped to norm 1, from the encoder's."""
+        found = [
+            (parameter.grad, gradient, attacker.kept.get(name, 1.0))
             for (name, parameter), gradient in zip(self.weights.items(), gradients, strict=False)
-            if parameter.grad is not None and name not in attacker.blocked
+            if parameter.grad is not None
         ]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([gradient for _, gradient in pairs])))
-        scale = weight / norm.clamp_min(1.0)
-        torch._foreach_sub_([own for own, _ in pairs], torch._foreach_mul([g for _, g in pairs], scale))
+        own, theirs, factors = map(list, zip(*found, strict=True))
+        felt = list(torch._foreach_mul(theirs, factors))
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(felt)))
+        torch._foreach_sub_(own, torch._foreach_mul(felt, weight / norm.clamp_min(1.0)))
 
     # State
 
@@ -280,22 +307,21 @@ class AttackerPool:
     def scalars(self) -> dict[str, Any]:
         """JSON part of the state."""
         return {
-            "turn": self.turn,
             "lives": self.lives,
             "ages": [None if attacker is None else attacker.age for attacker in self.attackers],
-            "blocked": [[] if attacker is None else attacker.blocked for attacker in self.attackers],
+            "kept": [{} if attacker is None else attacker.kept for attacker in self.attackers],
         }
 
     def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         """Restore what :meth:`tensors` and :meth:`scalars` gave."""
-        self.turn, self.lives = scalars["turn"], list(scalars["lives"])
+        self.lives = list(scalars["lives"])
         for slot, age in enumerate(scalars["ages"]):
             self.attackers[slot] = None
             if age is None:
                 continue
             plan = Plan.draw(self.options, self.seed, slot, self.lives[slot])
             attacker = _Attacker(plan, self.weights, self.num_classes[self.domain(slot)], self.head.in_features)
-            attacker.age, attacker.blocked = age, list(scalars["blocked"][slot])
+            attacker.age, attacker.kept = age, dict(scalars["kept"][slot])
             prefix = f"{slot}."
             saved = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             device = next(iter(self.weights.values())).device

@@ -7,15 +7,14 @@ from typing import Any, Protocol
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .paired_data import PairedSampler
+from .pruning import ADMMPruner
 
 
 class Protector(Protocol):
     """What the callback calls: the part of :class:`~hf_ntp.NTPTrainer` that knows what is due."""
 
     paired_sampler: PairedSampler
-
-    def add_gradients(self) -> None:
-        """Add what does not come from the loss to the gradients of this optimizer step."""
+    pruner: ADMMPruner
 
     def advance_pruning(self, step: int, max_steps: int) -> None:
         """Do what is due after optimizer step ``step``."""
@@ -25,7 +24,7 @@ class Protector(Protocol):
 
 
 class PruningCallback(TrainerCallback):
-    """Delegates Trainer's events to the trainer: epoch order, attackers, ADMM penalty, Z-steps, mask."""
+    """Delegates Trainer's events to the trainer: epoch order, ADMM penalty, Z-steps, mask."""
 
     def __init__(self, trainer: Protector) -> None:
         self.trainer = trainer
@@ -39,8 +38,8 @@ class PruningCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add the attackers' and the penalty's gradient, after clipping: the clip is for the task's gradient."""
-        self.trainer.add_gradients()
+        """Add the penalty's gradient, after clipping: the clip is for the task's gradient."""
+        self.trainer.pruner.add_penalty_gradient()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

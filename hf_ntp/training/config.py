@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .arguments import ProtectionArguments
+from .arguments import PRESETS, ProtectionArguments
 
 # What may differ between a run and its continuation without changing the result.
 _FREE = {
@@ -79,6 +79,17 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
                 "loss scale of their own. Use bf16, or attackers=0."
             )
         TrainingArguments.__post_init__(self)
+
+    @classmethod
+    def from_preset(cls, name: str, **options: Any) -> NTPConfig:
+        """Configuration of a preset of :data:`~hf_ntp.training.arguments.PRESETS`, with ``options`` on top.
+
+        Raises:
+            ValueError: For another name, or options that make no sense.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset is {name!r}; needed: one of {', '.join(map(repr, PRESETS))}.")
+        return cls(**{**PRESETS[name], **options})
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON-ready options that determine the result; a checkpoint resumes only under the same ones."""

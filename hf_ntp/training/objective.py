@@ -1,21 +1,32 @@
 """The objective on one batch: authorized loss, non-transferable loss and Fisher term (NTP, ECCV 2024, section 3).
 
-L = L_S  +  alpha * L_N  +  lambda * R_F          (the ADMM penalty joins as a gradient, see `pruning.py`)
+L = L_S + kappa * L_D  +  alpha * L_N  +  lambda * R_F  +  gamma * R_C
+
+L_D (distillation from the original model) and R_C (collapse of target tokens) are ours, the rest is published. The
+ADMM penalty and the simulated attackers join as gradients: see `pruning.py` and `attackers.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..functional import clamped_ascent, trace_ratio, uniform_cross_entropy, whitened_discriminant
+from ..functional import (
+    clamped_ascent,
+    relative_collapse,
+    trace_ratio,
+    uniform_cross_entropy,
+    whitened_discriminant,
+)
 from .arguments import ProtectionArguments
 from .target_head import TargetHead
+
+TEMPERATURE = 2.0
 
 _FISHER = {"trace_ratio": trace_ratio, "whitened": whitened_discriminant}
 
@@ -25,8 +36,8 @@ class TargetBatch(NamedTuple):
 
     features: Tensor
     """What enters the head, [N, D]."""
-    stages: tuple[Tensor, ...]
-    """Mean output of every block, [N, D_i] each; empty at ``fisher_level="pooled"``."""
+    tokens: tuple[Tensor, ...]
+    """Output of every block, [N, T_i, D_i] each; empty where no term looks at it."""
     labels: Tensor
     """[N]."""
 
@@ -51,8 +62,9 @@ def fisher_term(batch: TargetBatch, num_classes: int, options: ProtectionArgumen
 
     With the stages, class information cannot survive inside the encoder where fine-tuning would bring it out again.
     """
+    stages = [tokens.mean(1) for tokens in batch.tokens] if options.fisher_level == "stages" else []
     by_width: dict[int, list[Tensor]] = {}
-    for level in (*batch.stages, batch.features):
+    for level in (*stages, batch.features):
         by_width.setdefault(level.shape[1], []).append(level)
     # Levels of one width are computed together: small matrices one by one are all overhead.
     terms = [
@@ -62,10 +74,40 @@ def fisher_term(batch: TargetBatch, num_classes: int, options: ProtectionArgumen
     return torch.cat(terms).mean()
 
 
+def collapse_term(target: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
+    """Collapse of target tokens relative to source tokens, averaged over the blocks: a scalar in nats."""
+    return torch.stack([relative_collapse(t, s) for t, s in zip(target, source, strict=True)]).mean()
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """KL divergence from the original model's softened predictions (Hinton et al., 2015): a scalar in nats.
+
+    Args:
+        logits: [N, K].
+        teacher: Logits of the original model, [N, K].
+    """
+    softened = F.kl_div(
+        F.log_softmax(logits.float() / TEMPERATURE, -1),
+        F.log_softmax(teacher.float() / TEMPERATURE, -1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return TEMPERATURE**2 * softened
+
+
 def target_terms(
-    batches: Mapping[str, TargetBatch], heads: Mapping[str, TargetHead], options: ProtectionArguments
+    batches: Mapping[str, TargetBatch],
+    source_tokens: Sequence[Tensor],
+    heads: Mapping[str, TargetHead],
+    options: ProtectionArguments,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Refit the heads and compute what is added to the source loss, averaged over the unauthorized domains.
+
+    Args:
+        batches: Target part of the batch by domain.
+        source_tokens: Output of every block on the source part, as in :attr:`TargetBatch.tokens`.
+        heads: Simulated attacker's head by domain.
+        options: Weights and kinds of the terms.
 
     Returns:
         The weighted sum to minimise and the single terms for the log (detached scalars).
@@ -78,6 +120,9 @@ def target_terms(
         loss, attacker = non_transferable_loss(head(batch.features), batch.labels, options)
         fisher = fisher_term(batch, head.linear.out_features, options)
         weighted = options.target_weight * loss + options.fisher_weight * fisher
+        if options.collapse_weight:
+            collapse = collapse_term(batch.tokens, source_tokens)
+            weighted = weighted + options.collapse_weight * collapse
         total = total.to(weighted.device) + weighted / len(batches)
         suffix = f"_{name}" if len(batches) > 1 else ""
         log |= {
@@ -85,4 +130,6 @@ def target_terms(
             f"non_transferable_loss{suffix}": loss.detach(),
             f"fisher_loss{suffix}": fisher.detach(),
         }
+        if options.collapse_weight:
+            log[f"collapse_loss{suffix}"] = collapse.detach()
     return total, log

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from .paired_data import Transform, collate
 
@@ -32,6 +40,25 @@ def small_vit(labels: list[str], image_size: int = 16, seed: int = 0) -> ViTForI
         label2id={label: i for i, label in enumerate(labels)},
     )
     return ViTForImageClassification(config)
+
+
+def small_resnet(labels: list[str], seed: int = 0) -> ResNetForImageClassification:
+    """A ResNet for 32x32 images that trains in half a minute on one core: 16, 32 and 64 channels (0.08 M weights).
+
+    Args:
+        labels: Class names.
+        seed: Seed of the weights.
+    """
+    torch.manual_seed(seed)
+    config = ResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[16, 32, 64],
+        depths=[1, 1, 1],
+        layer_type="basic",
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+    )
+    return ResNetForImageClassification(config)
 
 
 def train_classifier(

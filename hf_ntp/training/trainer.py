@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -36,14 +37,14 @@ from ..models import (
     has_batch_norm,
     prunable_weights,
     recorded_features,
-    stage_features,
+    stage_tokens,
     zero_fraction,
 )
 from .attackers import AttackerPool
 from .callback import PruningCallback
 from .checkpoint import check_settings, load_state, load_weights_strictly, save_state
 from .config import NTPConfig
-from .objective import TargetBatch, target_terms
+from .objective import TargetBatch, distillation_loss, target_terms
 from .paired_data import (
     ImageData,
     PairedDataset,
@@ -159,6 +160,7 @@ class NTPTrainer(Trainer):
         }
         self._head_name, self._head = head_name, head
         self._pool: AttackerPool | None = None
+        self._teacher: nn.Module | None = None
         self._target_images: dict[str, tuple[Tensor, Tensor]] = {}
         self._attacker_losses: dict[str, list[Tensor]] = {}
         self._batch_norm = has_batch_norm(network)
@@ -182,54 +184,76 @@ class NTPTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._pool is not None:
             self._target_images = {n: (t["pixel_values"], t["labels"]) for n, t in inputs["targets"].items()}
-        logits, targets = self._forward(model, inputs)
+        logits, tokens, targets = self._forward(model, inputs)
         source_loss = F.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
-        target_loss, terms = target_terms(targets, self.heads, self.args)
-        self._record({"source_loss": source_loss.detach(), **terms})
-        loss = source_loss + self._target_strength() * target_loss
+        target_loss, terms = target_terms(targets, tokens, self.heads, self.args)
+        terms["source_loss"] = source_loss.detach()
+        loss = source_loss + self._share_of(self.args.target_warmup) * target_loss
+        if self._teacher is not None:
+            with torch.no_grad():
+                wanted = self._teacher(pixel_values=inputs["pixel_values"]).logits
+            distillation = distillation_loss(logits, wanted)
+            terms["distillation_loss"] = distillation.detach()
+            loss = loss + self.args.source_distillation * distillation
+        self._record(terms)
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, TargetBatch]]:
-        """Return source logits and target features: one pass, or one per domain where BatchNorm would mix them."""
+    def _forward(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, TargetBatch]]:
+        """Return source logits, source tokens and the target part: one pass, or one per domain with BatchNorm."""
         source, targets = inputs["pixel_values"], inputs["targets"]
         labels = {name: target["labels"] for name, target in targets.items()}
         if self._batch_norm:
-            logits, _ = self._encode(model, source)
+            logits, (_, *tokens) = self._encode(model, source)
             with frozen_batch_norm_statistics(self.model):
                 levels = [self._encode(model, target["pixel_values"])[1] for target in targets.values()]
         else:
             images = [source, *(target["pixel_values"] for target in targets.values())]
             logits, together = self._encode(model, torch.cat(images))
             split = [level.split([len(part) for part in images]) for level in together]
-            logits, (_, *levels) = logits[: len(source)], list(zip(*split, strict=True))
-        return logits, {
-            name: TargetBatch(features, tuple(stages), labels[name])
-            for name, (features, *stages) in zip(labels, levels, strict=True)
-        }
+            logits, ((_, *tokens), *levels) = logits[: len(source)], list(zip(*split, strict=True))
+        targets = zip(labels, levels, strict=True)
+        return (
+            logits,
+            tuple(tokens),
+            {name: TargetBatch(features, tuple(rest), labels[name]) for name, (features, *rest) in targets},
+        )
 
     def _encode(self, model: nn.Module, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return logits and the features of every level that the objective looks at, pooled ones first."""
-        stages = self.args.fisher_level == "stages"
+        """Return logits, and pooled features followed by the tokens of every block where a term looks at them."""
+        inside = self.args.fisher_level == "stages" or self.args.collapse_weight > 0
         with recorded_features(self._head) as features:
-            outputs = model(pixel_values=images, output_hidden_states=stages)
-        return outputs.logits, (features[-1], *(stage_features(outputs.hidden_states) if stages else ()))
+            outputs = model(pixel_values=images, output_hidden_states=inside)
+        return outputs.logits, (features[-1], *(stage_tokens(outputs.hidden_states) if inside else ()))
 
-    def _target_strength(self) -> float:
-        """Share of their weight that the target terms have at this step, rising linearly to 1."""
-        warmup = self.args.target_warmup * self.state.max_steps
-        return min(1.0, (self.state.global_step + 1) / warmup) if warmup > 1 else 1.0
+    def _share_of(self, warmup: float) -> float:
+        """Share of its weight that a term has at this step, rising linearly to 1 over a share of all steps."""
+        steps = warmup * self.state.max_steps
+        return min(1.0, (self.state.global_step + 1) / steps) if steps > 1 else 1.0
 
-    # Called by PruningCallback
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Trainer's step; then, once per optimizer step, the simulated attackers act and add the defender's gradient.
 
-    def add_gradients(self) -> None:
-        """Let simulated attackers act on the last target batch and add their gradient, then that of the penalty."""
-        if self._pool is not None:
-            context = self.compute_loss_context_manager()
-            for step in self._pool.step(self._target_images, self.pruner.masks, self._target_strength(), context):
+        Before clipping: source and attackers keep the proportion that their weights say.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._pool is not None and self.accelerator.sync_gradients:
+            steps = self._pool.step(
+                self._target_images,
+                self.pruner.masks,
+                self._share_of(self.args.attacker_warmup),
+                self.compute_loss_context_manager,
+            )
+            for step in steps:
                 self._attacker_losses.setdefault("attacker_loss", []).append(step.loss)
                 if step.last:
                     self._attacker_losses.setdefault("attacker_last_loss", []).append(step.loss)
-        self.pruner.add_penalty_gradient()
+        return loss
+
+    # Pruning: called by PruningCallback
 
     def advance_pruning(self, step: int, max_steps: int) -> None:
         """Do what is due after optimizer step ``step``: nothing, a Z-step, the hard prune, or the mask."""
@@ -291,6 +315,9 @@ class NTPTrainer(Trainer):
             self.prunable, self.args.sparsity, self.args.prune_pattern, self.args.rho, self.args.l1_weight
         )
         classes = {name: int(labels.max()) + 1 for name, labels in self.target_labels.items()}
+        if self.args.source_distillation:
+            self._teacher = copy.deepcopy(self.model).requires_grad_(False).eval()
+            nn.Module.to(self._teacher, self.args.device)
         if self.args.attackers:
             self._pool = AttackerPool(self.model, self._head_name, self._head, classes, self.args, self.args.seed)
         self._pruning_log, self._terms, self._term_count = {"sparsity": torch.zeros(())}, {}, 0

@@ -17,6 +17,18 @@ def loot_of(size=6, classes=3, seed=0):
     return Loot(target.images, target.labels, classes, (source.images, source.labels))
 
 
+def bars(size, seed, contrast=1.0, shift=0.0):
+    """Images [N, 3, 8, 8] and labels of three classes: where a bright bar stands."""
+    labels = torch.arange(size) % 3
+    images = 0.3 * torch.randn(size, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    rows = torch.arange(8).expand(size, 8) // 2 == labels[:, None]
+    return contrast * (images + rows.float()[:, None, :, None]) + shift, labels
+
+
+def accuracy(predict, images, labels):
+    return float((predict(images) == labels).float().mean())
+
+
 def pruned(model):
     """Set every second prunable weight to zero."""
     with torch.no_grad():

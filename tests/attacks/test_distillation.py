@@ -1,14 +1,15 @@
+import copy
 import math
 
 import pytest
 import torch
 
-from hf_ntp.attacks import FineTuneProtocol, FineTuning
-from hf_ntp.attacks.distillation import Distillation, softened_divergence
+from hf_ntp.attacks import FineTuneProtocol, FineTuning, distillation
+from hf_ntp.attacks.distillation import Distillation, _standardised, softened_divergence
 from hf_ntp.models.changes import fresh_model
 
-from ..conftest import Rows
-from .conftest import QUICK, loot_of
+from ..conftest import Rows, tiny_vit
+from .conftest import QUICK, changed, loot_of, state_of
 
 
 def test_divergence_by_hand():
@@ -28,8 +29,7 @@ def test_without_a_teacher_it_is_scratch_training(model):
     assert torch.equal(predict(images), expected)
 
 
-def test_the_teacher_and_its_features_matter(model):
-    """At first, the student's loss has the parts that it should have."""
+def test_the_loss_is_the_weighted_sum_of_its_parts(model):
     loot = loot_of(6)
     student = fresh_model(model, 0)
     width = 16
@@ -45,13 +45,30 @@ def test_the_teacher_and_its_features_matter(model):
     assert both == pytest.approx(plain + 2 * (with_logits - plain) + 3 * (with_features - plain), rel=1e-4)
 
 
-def test_the_students_weights_are_not_the_teachers(model):
+def test_the_teacher_is_the_fine_tuned_checkpoint(model):
+    """The student learns from it but is another model."""
     loot = loot_of(24)
+    checkpoint = copy.deepcopy(model)
     Distillation().fit(model, loot, QUICK, 1e-3, 0)
-    teacher = model.eval()(pixel_values=loot.images).logits
-    again = FineTuning().fit(model, loot, QUICK, 1e-9, 0)
-    assert torch.isfinite(teacher).all()
-    assert again(loot.images).shape == (24,)
+    FineTuning().fit(checkpoint, loot, QUICK, 1e-3, 0)
+    assert not changed(state_of(checkpoint), model)
+
+
+def test_wanted_features_are_standardised():
+    features = torch.tensor([[1.0, 5.0, 100.0], [3.0, 5.0, 300.0]])
+    assert _standardised(features).tolist() == [[-1, 0, -1], [1, 0, 1]]
+
+
+def test_the_scale_of_the_features_does_not_matter(monkeypatch):
+    """A checkpoint that inflates its features must not drown the other terms of the loss."""
+    images, found = Rows(60, seed=1).images, []
+    real = distillation.features_and_logits
+    for scale in (1, 1024):
+        monkeypatch.setattr(
+            distillation, "features_and_logits", lambda *args, s=scale: (s * real(*args)[0], real(*args)[1])
+        )
+        found.append(Distillation().fit(tiny_vit(), loot_of(24), QUICK, 1e-2, 0)(images))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"logit_weight": -1}, {"feature_weight": -1}])

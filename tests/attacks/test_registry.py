@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
-from hf_ntp.attacks import ATTACKS, DECISIVE, FineTuneProtocol
+from hf_ntp.attacks import ATTACKS, DECISIVE, FineTuneProtocol, Loot
 
 from ..conftest import Rows, tiny_vit
-from .conftest import MODELS, QUICK, loot_of, pruned, state_of
+from .conftest import MODELS, QUICK, accuracy, bars, loot_of, pruned, state_of
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -75,8 +75,9 @@ def test_other_numbers_of_classes(name):
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name != "shot"])
 def test_labels_are_learnt(name):
-    attack, protocol = ATTACKS[name], FineTuneProtocol(steps=150, batch_size=24, learning_rates=(3e-3,))
+    """Clearly better than chance, a third (0.5 is four standard deviations above it), from a random encoder."""
+    attack, protocol = ATTACKS[name], FineTuneProtocol(steps=80, batch_size=24, learning_rates=(3e-3,))
     grid = attack.grid(protocol)
-    predict = attack.fit(pruned(tiny_vit()), loot_of(48), protocol, grid[len(grid) // 2], 0)
-    test = Rows(60, seed=1)
-    assert (predict(test.images) == test.labels).float().mean() > 0.6
+    loot = Loot(*bars(90, 0), 3, bars(30, 1, shift=0.5))
+    predict = attack.fit(tiny_vit(), loot, protocol, grid[len(grid) // 2], 0)
+    assert accuracy(predict, *bars(120, 2)) > 0.5

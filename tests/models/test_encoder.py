@@ -12,7 +12,7 @@ from hf_ntp.models import (
     prunable_weights,
     recorded_features,
     replace_head,
-    stage_features,
+    stage_tokens,
     zero_fraction,
 )
 
@@ -81,7 +81,7 @@ def test_features_of_head_and_stages(make, width):
     (features,) = recorded
     assert features.shape == (5, width)
     assert torch.allclose(F.linear(features, *find_head(model)[1].parameters()), outputs.logits)
-    assert [tuple(stage.shape) for stage in stage_features(outputs.hidden_states)][-1] == (5, width)
+    assert stage_tokens(outputs.hidden_states)[-1].mean(1).shape == (5, width)
 
 
 def test_half_precision_weights_are_refused():
@@ -96,9 +96,9 @@ def test_a_head_named_in_the_config_is_found_again():
     assert find_head(model)[0] == "classifier"
 
 
-def test_stage_features_of_a_model_that_gives_none():
+def test_stage_tokens_of_a_model_that_gives_none():
     with pytest.raises(ValueError, match="fisher_level='pooled'"):
-        stage_features(None)
+        stage_tokens(None)
 
 
 def test_batch_norm_statistics_stay_while_batches_are_normalised():

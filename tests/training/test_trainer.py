@@ -14,6 +14,10 @@ from hf_ntp.models import zero_fraction
 from ..conftest import Rows, tiny_resnet, tiny_vit
 
 
+# What is not in it is the source loss and ADMM alone.
+NO_TARGET = {"target_weight": 0.0, "fisher_weight": 0.0, "collapse_weight": 0.0, "attackers": 0}
+
+
 def trainer(folder, model=None, target=None, callbacks=None, source=None, evaluation=None, **options):
     defaults = {
         "output_dir": str(folder),
@@ -76,7 +80,14 @@ def test_every_term_reaches_tensorboard(tmp_path, monkeypatch):
 
 def test_the_loss_is_the_sum_of_its_terms(tmp_path):
     """One batch against the same computation written out."""
-    ours = trainer(tmp_path, target_head_steps=1, target_weight=0.3, fisher_weight=0.7, lr_scheduler_type="constant")
+    ours = trainer(
+        tmp_path,
+        target_weight=0.3,
+        fisher_weight=0.7,
+        collapse_weight=0.2,
+        source_distillation=0.5,
+        lr_scheduler_type="constant",
+    )
     ours.train()
     ours._terms = {}
     batch = next(iter(ours.get_train_dataloader()))
@@ -90,18 +101,27 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path):
     levels = [state.mean(1) for state in outputs.hidden_states[1:]] + [pooled]
     fisher = sum(whitened_discriminant(level, target["labels"], 4, 0.1) for level in levels) / len(levels)
     transfer = uniform_cross_entropy(F.linear(pooled, head.linear.weight, head.linear.bias))
-    expected = F.cross_entropy(logits, batch["labels"]) + 0.3 * transfer + 0.7 * fisher
+    source_states = model.vit(batch["pixel_values"], output_hidden_states=True).hidden_states[1:]
+    spreads = [
+        [F.layer_norm(state, (16,)).var(0, unbiased=False).mean() for state in states]
+        for states in (outputs.hidden_states[1:], source_states)
+    ]
+    collapse = sum((t / s + 1e-4).log() for t, s in zip(*spreads, strict=True)) / 2
+    original = tiny_vit().eval()(batch["pixel_values"]).logits / 2
+    divergence = F.kl_div((logits / 2).log_softmax(-1), original.softmax(-1), reduction="batchmean")
+    expected = F.cross_entropy(logits, batch["labels"]) + 0.3 * transfer + 0.7 * fisher + 0.2 * collapse
+    expected = expected + 0.5 * 4 * divergence
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_target_terms_rise_over_the_warm_up(tmp_path):
-    ours = trainer(tmp_path, max_steps=20, target_warmup=0.5)
+    ours = trainer(tmp_path, max_steps=20)
     ours.state.max_steps = 20
     strengths = []
     for ours.state.global_step in (0, 4, 9, 15):
-        strengths.append(ours._target_strength())
+        strengths.append(ours._share_of(0.5))
     assert strengths == [0.1, 0.5, 1.0, 1.0]
-    assert trainer(tmp_path, target_warmup=0.0)._target_strength() == 1.0
+    assert ours._share_of(0.0) == 1.0
 
 
 def test_published_terms(tmp_path):
@@ -144,15 +164,15 @@ def test_the_mask_is_fixed_in_the_last_phase(tmp_path):
 
 def test_the_simulated_attacker_keeps_up_with_the_encoder(tmp_path):
     """With the other terms off, the refitted head reads the target off features that move under it."""
-    ours = trainer(tmp_path, max_steps=80, target_weight=0.0, fisher_weight=0.0, sparsity=0.0, logging_steps=10)
+    ours = trainer(tmp_path, max_steps=80, sparsity=0.0, logging_steps=10, **NO_TARGET)
     ours.train()
     losses = [row["target_loss"] for row in ours.state.log_history if "target_loss" in row]
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_the_target_is_made_hard_to_read(tmp_path):
-    plain = trainer(tmp_path / "a", max_steps=80, target_weight=0.0, fisher_weight=0.0)
-    protected = trainer(tmp_path / "b", max_steps=80, target_weight=1.0, fisher_weight=1.0)
+    plain = trainer(tmp_path / "a", max_steps=80, **NO_TARGET)
+    protected = trainer(tmp_path / "b", max_steps=80, **{**NO_TARGET, "target_weight": 1.0, "fisher_weight": 1.0})
     fisher = []
     for ours in (plain, protected):
         ours.train()
@@ -166,8 +186,8 @@ def test_batch_norm_statistics_come_from_the_source_only(tmp_path):
             row = super().__getitem__(index)
             return {**row, "pixel_values": row["pixel_values"] + 100}
 
-    one = trainer(tmp_path / "a", tiny_resnet(), target_weight=0.0, fisher_weight=0.0)
-    other = trainer(tmp_path / "b", tiny_resnet(), target=Bright(size=20), target_weight=0.0, fisher_weight=0.0)
+    one = trainer(tmp_path / "a", tiny_resnet(), **NO_TARGET)
+    other = trainer(tmp_path / "b", tiny_resnet(), target=Bright(size=20), **NO_TARGET)
     for ours in (one, other):
         ours.train()
     for (name, a), (_, b) in zip(one.model.named_buffers(), other.model.named_buffers(), strict=True):

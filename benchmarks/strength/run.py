@@ -1,0 +1,317 @@
+"""How strong is the protection? Pairs of domains x architectures x presets x attacks, on the embedded digits.
+
+    python benchmarks/strength/run.py
+
+Everything is made on the spot: models are pretrained on the source, protected against the owner's part of the target,
+and attacked with the attacker's part, which the protection has never seen. Finished models and fits are kept in
+--work_dir, so that an interrupted run continues; results.json, table.md and strength.png are rewritten after
+every cell. `--only resnet/mnist-mnistm` (any part of a cell's name) runs some cells and keeps the others' results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import joblib
+import numpy as np
+from matplotlib.figure import Figure
+from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessorPil
+
+import hf_ntp
+from hf_ntp.attacks import ATTACKS, DECISIVE
+from hf_ntp.attacks.fine_tuning import predictor
+from hf_ntp.data import RandomShift
+from hf_ntp.evaluation.controls import prune_without_protection
+from hf_ntp.evaluation.runner import accuracy_of
+from hf_ntp.evaluation.suite import run_attacks
+from hf_ntp.models import noted_prunable_weights, zero_fraction
+from hf_ntp.run_folder import whole_file, whole_folder
+from hf_ntp.training.pretraining import small_resnet, small_vit, train_classifier
+
+HERE = Path(__file__).parent
+PAIRS = (
+    ("mnist", "mnistm"),
+    ("syn", "mnist"),
+    ("mnist", "optdigits"),
+    ("mnistm", "mnist"),
+    ("syn", "mnistm"),
+    ("optdigits", "mnist"),
+)
+FULL_SUITE = ("vit/mnist-optdigits", "resnet/mnist-mnistm")
+THIRD = "syn"
+"""Unrelated domain on which the collateral damage of the full-suite cells is measured."""
+PAPER_ATTACKS = ("mask_kept", "dense")
+SAMPLE_SIZES = (10, 30, 100)
+SEEDS = (0, 1, 2)
+OWNER_FRACTION = 0.75
+PRETRAIN_STEPS = 2500
+WITHOUT_TARGET: dict[str, Any] = {"attackers": 0, "fisher_weight": 0.0, "target_weight": 0.0}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A small model, how long it is protected, and how long it is attacked (until scratch is converged)."""
+
+    build: Callable[..., PreTrainedModel]
+    image_size: int
+    protection_steps: int
+    attack_steps: int
+
+
+ARCHITECTURES = {
+    "vit": Architecture(small_vit, 16, 3500, 600),
+    "resnet": Architecture(small_resnet, 32, 3500, 300),
+}
+
+
+class Cell(NamedTuple):
+    """One row of the table."""
+
+    architecture: str
+    source: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.architecture}/{self.source}-{self.target}"
+
+
+class Domain(NamedTuple):
+    """A domain's parts as pixels."""
+
+    train: hf_ntp.PixelDataset
+    owner: hf_ntp.PixelDataset
+    attacker: hf_ntp.PixelDataset
+    validation: hf_ntp.PixelDataset
+    test: hf_ntp.PixelDataset
+    names: list[str]
+
+
+def load(name: str, image_size: int) -> Domain:
+    """Load a domain and divide its training part between owner and attacker."""
+    processor = ViTImageProcessorPil(size={"height": image_size, "width": image_size})
+    parts = hf_ntp.load_domain(name)
+    owner, attacker = hf_ntp.split_owner_attacker(parts["train"], OWNER_FRACTION)
+    five = (parts["train"], owner, attacker, parts["validation"], parts["test"])
+    pixels = [hf_ntp.PixelDataset.from_dataset(part, processor) for part in five]
+    return Domain(*pixels, names=parts["train"].features["label"].names)
+
+
+def pretrain(architecture: str, source: str, folder: Path) -> None:
+    """Train the unprotected model."""
+    shape = ARCHITECTURES[architecture]
+    data = load(source, shape.image_size)
+    model = shape.build(data.names)
+    train_classifier(model, data.train, str(folder.parent / "trainer"), PRETRAIN_STEPS, transform=RandomShift(1))
+    save(model, folder)
+
+
+def protect(cell: Cell, base: Path, folder: Path, preset: str, options: dict[str, Any]) -> None:
+    """Protect the model, or train it on with the same budget and no target terms."""
+    shape = ARCHITECTURES[cell.architecture]
+    source, target = load(cell.source, shape.image_size), load(cell.target, shape.image_size)
+    model = AutoModelForImageClassification.from_pretrained(base)
+    settings = hf_ntp.NTPConfig.from_preset(
+        preset,
+        output_dir=str(folder.parent / "trainer"),
+        max_steps=shape.protection_steps,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        save_strategy="no",
+        logging_steps=500,
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
+    hf_ntp.NTPTrainer(model, settings, source.train, target.owner, source_transform=RandomShift(1)).train()
+    save(model, folder)
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model; the folder appears when it is whole."""
+    with whole_folder(folder) as staged:
+        model.save_pretrained(staged)
+
+
+def attack(cell: Cell, models: dict[str, Path], work: Path, jobs: int | None) -> dict[str, Any]:
+    """Measure one cell."""
+    shape = ARCHITECTURES[cell.architecture]
+    source, target = load(cell.source, shape.image_size), load(cell.target, shape.image_size)
+    protocol = hf_ntp.FineTuneProtocol(steps=shape.attack_steps)
+    full = str(cell) in FULL_SUITE
+    data = hf_ntp.AttackData(target.attacker, target.validation, target.test, source.validation if full else None)
+    shared: dict[str, Any] = {
+        "sample_sizes": SAMPLE_SIZES, "seeds": SEEDS, "protocol": protocol, "cache_dir": work / "fits", "jobs": jobs,
+    }  # fmt: skip
+    paths = {name: str(path) for name, path in models.items()}
+    starts = {"protected": paths["adaptive"], "unprotected": paths["unprotected"]}
+    result: dict[str, Any] = {
+        "source_accuracy": {name: source_accuracy(path, source.test) for name, path in paths.items()},
+        "sparsity": {name: sparsity(paths[name]) for name in ("adaptive", "paper")},
+        "adaptive": run_attacks(starts, data, list(ATTACKS) if full else DECISIVE, **shared),
+        "paper": run_attacks({"protected": paths["paper"]}, data, PAPER_ATTACKS, **shared),
+    }
+    if full:
+        controls = {"protected": paths["adaptive"], "without_target_terms": paths["reference"]}
+        for kind in ("magnitude", "random"):
+            folder = models["adaptive"].parent / f"{kind}_pruned"
+            if not folder.exists():
+                prune_without_protection(paths["unprotected"], folder, paths["adaptive"], kind)
+            controls[folder.name] = str(folder)
+        third = load(THIRD, shape.image_size)
+        elsewhere = hf_ntp.AttackData(third.attacker, third.validation, third.test)
+        result["controls"] = run_attacks(controls, data, PAPER_ATTACKS, **shared)
+        result["third_domain"] = {"name": THIRD, **run_attacks(starts, elsewhere, ("dense",), **shared)}
+    return result
+
+
+def source_accuracy(folder: str, test: hf_ntp.PixelDataset) -> float:
+    """Accuracy on the authorized test split, in eval mode."""
+    return accuracy_of(predictor(AutoModelForImageClassification.from_pretrained(folder)), test)
+
+
+def sparsity(folder: str) -> float:
+    """Share of zeros among the prunable weights."""
+    return zero_fraction(
+        list(noted_prunable_weights(AutoModelForImageClassification.from_pretrained(folder)).values())
+    )
+
+
+def make_models(cells: list[Cell], work: Path, jobs: int) -> dict[Cell, dict[str, Path]]:
+    """Pretrain and protect everything that is missing, as many at a time as there are processes."""
+    models, first, second = {}, {}, []
+    for cell in cells:
+        root = work / "models" / cell.architecture / cell.source
+        base, reference = root / "unprotected" / "model", root / "without_target_terms" / "model"
+        models[cell] = {"unprotected": base, "reference": reference}
+        if not base.exists():
+            first[base] = joblib.delayed(pretrain)(cell.architecture, cell.source, base)
+        if not reference.exists() and reference not in [path for path, _ in second]:
+            second.append((reference, joblib.delayed(protect)(cell, base, reference, "adaptive", WITHOUT_TARGET)))
+        for preset in ("adaptive", "paper"):
+            folder = root / cell.target / preset / "model"
+            models[cell][preset] = folder
+            if not folder.exists():
+                second.append((folder, joblib.delayed(protect)(cell, base, folder, preset, {})))
+    with joblib.parallel_config("loky", inner_max_num_threads=1):
+        joblib.Parallel(n_jobs=jobs)(first.values())
+        joblib.Parallel(n_jobs=jobs)(task for _, task in second)
+    return models
+
+
+def table(results: dict[str, Any]) -> str:
+    """One row per cell: accuracy on the source, then SLC-AUC (decades) of the attacks and what is retained."""
+    columns = list(DECISIVE)
+    head = [
+        "cell",
+        "source before",
+        "reference",
+        "protected",
+        "unprotected",
+        *columns,
+        "dense retained",
+        "worst retained",
+        "paper: mask",
+        "paper: source",
+    ]
+    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for name, cell in results["cells"].items():
+        protected = cell["adaptive"]["starts"]["protected"]
+        retained, worst = (
+            cell["adaptive"]["retained_transfer"]["protected"],
+            cell["adaptive"]["worst_case"]["protected"],
+        )
+        accuracy = cell["source_accuracy"]
+        rows.append([
+            name,
+            *(f"{accuracy[key]:.3f}" for key in ("unprotected", "reference", "adaptive")),
+            f"{cell['adaptive']['starts']['unprotected']['dense']['decades']:+.3f}",
+            *(f"{protected[key]['decades']:+.3f}" if key in protected else "" for key in columns),
+            percent(retained["dense"]),
+            percent(worst["retained_transfer"]),
+            f"{cell['paper']['starts']['protected']['mask_kept']['decades']:+.3f}",
+            f"{accuracy['paper']:.3f}",
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def percent(share: float | None) -> str:
+    """Share as a percentage."""
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw the retained transfer of the decisive attacks in every cell: one look says where protection breaks."""
+    cells = list(results["cells"])
+    shares = np.full((len(cells), len(DECISIVE)), np.nan)
+    for i, cell in enumerate(cells):
+        retained = results["cells"][cell]["adaptive"]["retained_transfer"]["protected"]
+        for j, name in enumerate(DECISIVE):
+            value = retained.get(name)
+            shares[i, j] = np.nan if value is None else value
+    figure = Figure(figsize=(9, 1.8 + 0.4 * len(cells)), dpi=144, layout="constrained")
+    axes = figure.add_subplot()
+    picture = axes.imshow(shares, cmap="RdYlBu_r", vmin=-1, vmax=1, aspect="auto")
+    for (i, j), share in np.ndenumerate(shares):
+        axes.text(j, i, "n/a" if np.isnan(share) else f"{100 * share:.0f} %", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(DECISIVE)), [name.replace("_", " ") for name in DECISIVE], rotation=20, fontsize=8)
+    axes.set_yticks(range(len(cells)), cells, fontsize=8)
+    axes.set_title(
+        "Retained transfer: SLC-AUC of the protected model / SLC-AUC of the unprotected one, same attack\n"
+        "100 %: no protection, 0 %: worth as much as random weights, below 0: worth less",
+        fontsize=9,
+    )
+    figure.colorbar(picture, ax=axes, label="retained transfer")
+    figure.savefig(path)
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """Write results, table and figure."""
+    out.mkdir(parents=True, exist_ok=True)
+    with whole_file(out / "results.json") as staged:
+        staged.write_text(json.dumps(rounded(results), indent=1, allow_nan=False) + "\n")
+    (out / "table.md").write_text(table(results) + "\n")
+    plot(results, out / "strength.png")
+
+
+def rounded(value: Any) -> Any:
+    """Round every number of a JSON tree to four digits after the point: seeds scatter by far more."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(part) for part in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def parse(argv: list[str]) -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", default="runs/strength", help="models and finished fits")
+    parser.add_argument("--out", default=str(HERE), help="where results.json, table.md and strength.png go")
+    parser.add_argument("--only", nargs="*", help="parts of names of cells, such as vit or resnet/mnist-mnistm")
+    parser.add_argument("--jobs", type=int, help="processes; default one per core")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    """Run the benchmark and return its results."""
+    arguments = parse(argv)
+    work, out = Path(arguments.work_dir), Path(arguments.out)
+    results = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {"cells": {}}
+    every = [Cell(architecture, *pair) for pair in PAIRS for architecture in ARCHITECTURES]
+    cells = [cell for cell in every if any(part in str(cell) for part in arguments.only or [""])]
+    models = make_models(cells, work, arguments.jobs or joblib.cpu_count())
+    for cell in cells:
+        results["cells"][str(cell)] = attack(cell, models[cell], work, arguments.jobs)
+        write(results, out)
+        print(f"\n{table(results)}\n", flush=True)
+    return results
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

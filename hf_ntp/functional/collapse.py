@@ -1,0 +1,35 @@
+"""Collapse of unauthorized tokens: information that is gone cannot be brought out again by fine-tuning.
+
+After RepNoise (Rosati et al., 2024), which removes information at every layer instead of hiding it at the output.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def token_spread(tokens: Tensor) -> Tensor:
+    """Variance over images of layer-normalised tokens, a scalar: 0 when all images look the same to the encoder.
+
+    Normalising first means that nothing is gained by scaling tokens down.
+
+    Args:
+        tokens: [N, T, D]: N images, T tokens or positions, D channels.
+    """
+    normalised = F.layer_norm(tokens.float(), tokens.shape[-1:])
+    return (normalised - normalised.mean(0)).square().mean()
+
+
+def relative_collapse(target: Tensor, source: Tensor, floor: float = 1e-4) -> Tensor:
+    """Logarithm of the spread of target tokens relative to that of source tokens: a scalar (nats) to be minimised.
+
+    The logarithm keeps the pull constant while the spread shrinks by orders of magnitude; no gradient reaches the
+    source tokens.
+
+    Args:
+        target: [N, T, D].
+        source: [M, T, D].
+        floor: Relative spread below which nothing is gained any more.
+    """
+    return (token_spread(target) / token_spread(source.detach()).clamp_min(1e-12) + floor).log()

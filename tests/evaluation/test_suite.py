@@ -1,0 +1,97 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+from hf_ntp import FineTuneProtocol
+from hf_ntp.evaluation import runner
+from hf_ntp.evaluation.controls import prune_without_protection
+from hf_ntp.evaluation.suite import run_attacks
+from hf_ntp.models import prunable_weights
+
+from ..conftest import tiny_resnet
+
+QUICK = FineTuneProtocol(steps=5, batch_size=8, learning_rates=(1e-3, 1e-2), warmup_steps=1)
+
+
+def suite(checkpoints, attack, attacks, **options):
+    unprotected, protected = checkpoints
+    starts = {"protected": protected, "unprotected": unprotected}
+    return run_attacks(starts, attack, attacks, [6, 24], options.pop("seeds", [0, 1]), QUICK, jobs=1, **options)
+
+
+def test_figures_by_hand(checkpoints, attack, monkeypatch):
+    """Scratch .2, three times longer .3; unprotected dense .6; mask kept .2, dense .4, three times longer .7."""
+    unprotected, protected = checkpoints
+
+    def fit(fit, *rest):
+        arm = fit.arm
+        longer = getattr(arm.attack, "longer", 1) == 3
+        if arm.random_init:
+            value = 0.3 if longer else 0.2
+        elif arm.checkpoint == unprotected:
+            value = 0.6
+        else:
+            value = 0.2 if arm.attack.keep_mask else 0.7 if longer else 0.4
+        return fit, runner.Accuracies(value, value)
+
+    monkeypatch.setattr(runner, "_run", fit)
+    results = suite(checkpoints, attack, ["mask_kept", "dense", "dense_3x"])
+    protected = results["starts"]["protected"]
+    assert protected["mask_kept"]["normalized"] == pytest.approx(0.0)
+    assert protected["dense"]["normalized"] == pytest.approx(0.2)
+    assert protected["dense_3x"]["normalized"] == pytest.approx(0.4)  # against scratch that trained as long
+    assert results["not_run"]["unprotected"] == {"mask_kept": "the checkpoint has no zeros"}
+    assert results["retained_transfer"]["protected"] == pytest.approx(
+        {"mask_kept": 0.0, "dense": 0.2 / 0.4, "dense_3x": 0.4 / 0.3}
+    )
+    assert results["worst_case"]["protected"]["attack"] == "dense_3x"
+    assert results["worst_case"]["protected"]["retained_transfer"] == pytest.approx(0.4 / 0.4)
+    assert results["scratch"]["15"]["accuracies"] == [[0.3, 0.3], [0.3, 0.3]]
+    json.dumps(results, allow_nan=False)
+
+
+def test_every_attack_runs_on_real_data(checkpoints, attack, tmp_path):
+    results = suite(checkpoints, attack, ["dense", "lora", "linear_probe", "first_block_reinit"], cache_dir=tmp_path)
+    assert set(results["starts"]["protected"]) == {"dense", "lora", "linear_probe", "first_block_reinit"}
+    again = suite(checkpoints, attack, ["dense", "lora", "linear_probe", "first_block_reinit"], cache_dir=tmp_path)
+    assert again == results
+
+
+def test_attacks_that_need_source_data_are_not_run_without_it(checkpoints, attack):
+    results = suite(checkpoints, attack, ["dense", "transntl"], seeds=[0])
+    assert "authorized data" in results["not_run"]["protected"]["transntl"]
+    assert "transntl" not in results["starts"]["protected"]
+
+
+@pytest.mark.parametrize("attacks", [["dance"], []])
+def test_bad_attacks(checkpoints, attack, attacks):
+    with pytest.raises(ValueError, match="needed"):
+        suite(checkpoints, attack, attacks)
+
+
+def test_starts_must_be_comparable(checkpoints, attack, tmp_path):
+    tiny_resnet().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="one architecture"):
+        run_attacks({"protected": checkpoints[1], "unprotected": str(tmp_path / "other")}, attack, ["dense"], [6, 24])
+    with pytest.raises(ValueError, match="'protected'"):
+        run_attacks({"mine": checkpoints[1]}, attack, ["dense"], [6, 24])
+
+
+@pytest.mark.parametrize("kind", ["magnitude", "random"])
+def test_controls_have_the_zeros_of_the_protected_model(checkpoints, tmp_path, kind):
+    unprotected, protected = checkpoints
+    prune_without_protection(unprotected, tmp_path / kind, protected, kind)
+    models = [AutoModelForImageClassification.from_pretrained(p) for p in (unprotected, protected, tmp_path / kind)]
+    for before, like, control in zip(*(prunable_weights(model).values() for model in models), strict=True):
+        kept = control != 0
+        assert int((~kept).sum()) == int((like == 0).sum())
+        assert torch.equal(control[kept], before[kept])
+        if kind == "magnitude":
+            assert before[kept].abs().min() >= before[~kept].abs().max()
+
+
+def test_unknown_control(checkpoints, tmp_path):
+    with pytest.raises(ValueError, match="'magnitude' or 'random'"):
+        prune_without_protection(*checkpoints[:1], tmp_path / "x", checkpoints[1], "clever")
