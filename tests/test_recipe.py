@@ -24,6 +24,7 @@ from .conftest import tiny_resnet
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "ntp_vit.py"
+ATTACK = ROOT / "recipes" / "ntp_attack.py"
 QUICK = (
     "--max_steps 20 --pretrain_steps 10 --save_steps 10 --attack_steps 22 --attack_seeds 0 1 --sample_sizes 10 20 "
     "--attack_learning_rates 1e-3 --report_to none --disable_tqdm true --source_max_samples 300 --jobs 1"
@@ -259,3 +260,40 @@ def test_help_is_quick():
     assert "--target_dataset" in done.stdout
     assert "--sparsity" in done.stdout
     assert seconds < 3 * (2 if "PYTEST_XDIST_WORKER" in __import__("os").environ else 1)
+
+
+def attack(run, out, *options):
+    command = [sys.executable, str(ATTACK), "--checkpoint", str(run / "protected"), "--output_dir", str(out)]
+    quick = "--target_dataset optdigits --steps 22 --seeds 0 1 --sample_sizes 10 20 --learning_rates 1e-3 --jobs 1"
+    return subprocess.run([*command, *quick.split(), *options], capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def test_attacking_the_result(finished, tmp_path):
+    run, _ = finished
+    options = ["--unprotected", str(run / "unprotected"), "--source_dataset", "mnist", "--controls"]
+    options += ["--attacks", "mask_kept", "dense", "linear_probe", "source_all_new"]
+    done = attack(run, tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results["starts"]) == {"protected", "unprotected", "magnitude_pruned", "random_pruned"}
+    assert set(results["starts"]["protected"]) == {"mask_kept", "dense", "linear_probe", "source_all_new"}
+    assert results["not_run"]["unprotected"] == {"mask_kept": "the checkpoint has no zeros"}
+    assert (tmp_path / "out" / "table.md").read_text() in done.stdout
+    assert Image.open(tmp_path / "out" / "attacks.png").size[0] > 500
+    again = attack(run, tmp_path / "out", *options)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert "| **worst case** |" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--controls"], "--controls needs --unprotected"),
+        (["--attacks", "dance"], "needed: names among"),
+        (["--sample_sizes", "10", "100000"], "sample_sizes"),
+    ],
+)
+def test_bad_options_of_the_attack_recipe(finished, tmp_path, options, said):
+    done = attack(finished[0], tmp_path / "out", *options)
+    assert done.returncode != 0
+    assert said in done.stderr

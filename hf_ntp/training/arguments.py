@@ -24,6 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_weight": 1.0,
         "target_warmup": 0.0,
         "source_distillation": 0.0,
+        "source_tolerance": [],
         "collapse_weight": 0.0,
         "attackers": 0,
         "fisher": "trace_ratio",
@@ -107,10 +108,8 @@ class ProtectionArguments:
         metadata={"help": "Target images of one attacker's step, a slice of the target batch; all take a step each."},
     )
     attacker_weight: float = field(
-        default=10.0, metadata={"help": "Weight of the gradient that denies an attacker its progress, >= 0."}
-    )
-    attacker_warmup: float = field(
-        default=0.5, metadata={"help": "Share of all steps over which that weight rises from 0."}
+        default=1.0,
+        metadata={"help": "Length of the gradient that denies attackers progress, relative to that of the rest."},
     )
     attacker_learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "Rates that attackers draw from."}
@@ -137,6 +136,14 @@ class ProtectionArguments:
         metadata={
             "help": "Weight of the distance to the original model's predictions on the source, >= 0; costs a "
             "frozen copy of the model and its forward pass."
+        },
+    )
+    source_tolerance: list[float] = field(
+        default_factory=lambda: [0.3, 0.05],
+        metadata={
+            "help": "How much worse than the original the model may get on source batches, in nats, at the first and "
+            "at the last step: beyond it everything aimed at the target gets weaker, and stops at twice as much. "
+            "Empty: no limit."
         },
     )
     collapse_weight: float = field(
@@ -185,7 +192,7 @@ class ProtectionArguments:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; needed: one of {', '.join(map(repr, words))}.")
         if self.target_bound is not None and self.target_bound <= 0:
             raise ValueError(f"target_bound is {self.target_bound}; needed: a positive number of nats, or null.")
-        shares = ("attacker_warmup", "attacker_informed", "attacker_keeps_mask", "attacker_sgd")
+        shares = ("attacker_informed", "attacker_keeps_mask", "attacker_sgd")
         for name in ("fisher_shrinkage", "target_warmup", *shares):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: a value in [0, 1].")
@@ -208,6 +215,11 @@ class ProtectionArguments:
         if not self.attacker_learning_rates or min(self.attacker_learning_rates) <= 0:
             raise ValueError(
                 f"attacker_learning_rates are {self.attacker_learning_rates}; needed: at least one positive rate."
+            )
+        if self.source_tolerance and (len(self.source_tolerance) != 2 or min(self.source_tolerance) <= 0):
+            raise ValueError(
+                f"source_tolerance is {self.source_tolerance}; needed: two positive numbers of nats, such as "
+                "0.3 0.05, or nothing."
             )
         if len(self.attacker_horizon) != 2 or not 0 < self.attacker_horizon[0] <= self.attacker_horizon[1]:
             raise ValueError(

@@ -5,7 +5,8 @@ One forward and backward pass at the attacker's weights W + offset gives two thi
 which descends its cross-entropy L_T, and the defender's first-order gradient, which ascends it there (the idea of
 SOPHON, Deng et al. 2024, and TAR, Tamirisa et al. 2024: simulate the attack, then raise the loss where it leads):
 
-    offset <- Optimizer(offset, grad L_T(W + offset)),    W.grad += -weight * clip(grad L_T(W + offset), 1)
+    offset <- Optimizer(offset, grad L_T(W + offset))
+    W.grad += -weight * |W.grad| * clip(grad L_T(W + offset), 1) / sqrt(attackers)
 
 Lifetimes are staggered, so that young and old attackers act side by side and a long horizon costs no unrolling. An
 attacker who begins with part of the encoder re-initialised or shrunk is at c W + offset, c < 1 there; the defender's
@@ -193,7 +194,7 @@ class AttackerPool:
         self,
         batches: Mapping[str, tuple[Tensor, Tensor]],
         masks: Callable[[], Mapping[str, Tensor]],
-        strength: float,
+        strength: Tensor | float,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> list[AttackerStep]:
         """Let every attacker take a step, and add the defender's gradient to ``.grad``.
@@ -207,6 +208,9 @@ class AttackerPool:
         Returns:
             One entry per attacker.
         """
+        present = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))
+        share = strength * self.options.attacker_weight * length / len(self.lives) ** 0.5
         steps = []
         for slot in range(len(self.lives)):
             attacker = self._living(slot, masks)
@@ -215,7 +219,7 @@ class AttackerPool:
             if attacker.age >= self.options.attacker_patience:  # a newborn one only fits its head
                 # A factor instead of a branch: no wait for the device.
                 denied = loss < float(np.log(self.num_classes[self.domain(slot)])) - _MARGIN
-                self._ascend(attacker, gradients, strength * self.options.attacker_weight * denied.float())
+                self._ascend(attacker, gradients, share * denied)
             attacker.advance(gradients)
             steps.append(AttackerStep(loss, attacker.age >= attacker.plan.lifetime))
             if attacker.age >= attacker.plan.lifetime:

@@ -26,8 +26,6 @@ from ..functional import (
 from .arguments import ProtectionArguments
 from .target_head import TargetHead
 
-TEMPERATURE = 2.0
-
 _FISHER = {"trace_ratio": trace_ratio, "whitened": whitened_discriminant}
 
 
@@ -67,11 +65,21 @@ def fisher_term(batch: TargetBatch, num_classes: int, options: ProtectionArgumen
     for level in (*stages, batch.features):
         by_width.setdefault(level.shape[1], []).append(level)
     # Levels of one width are computed together: small matrices one by one are all overhead.
-    terms = [
-        _FISHER[options.fisher](torch.stack(levels), batch.labels, num_classes, options.fisher_shrinkage)
-        for levels in by_width.values()
-    ]
+    terms = []
+    for levels in by_width.values():
+        together = torch.stack(levels)
+        if options.fisher == "whitened":
+            # Shrinkage alike in all directions would leave class information in those of small variance.
+            together = standardized(together)
+        terms.append(_FISHER[options.fisher](together, batch.labels, num_classes, options.fisher_shrinkage))
     return torch.cat(terms).mean()
+
+
+def standardized(features: Tensor) -> Tensor:
+    """Give every feature mean 0 and variance 1 over the batch: [..., N, D]."""
+    features = features.float()
+    variance, mean = torch.var_mean(features, dim=-2, keepdim=True, correction=0)
+    return (features - mean) / (variance + 1e-12).sqrt()
 
 
 def collapse_term(target: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
@@ -80,19 +88,15 @@ def collapse_term(target: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence from the original model's softened predictions (Hinton et al., 2015): a scalar in nats.
+    """KL divergence of the predictions from the original model's (Hinton et al., 2015): a scalar in nats.
 
     Args:
         logits: [N, K].
         teacher: Logits of the original model, [N, K].
     """
-    softened = F.kl_div(
-        F.log_softmax(logits.float() / TEMPERATURE, -1),
-        F.log_softmax(teacher.float() / TEMPERATURE, -1),
-        reduction="batchmean",
-        log_target=True,
+    return F.kl_div(
+        F.log_softmax(logits.float(), -1), F.log_softmax(teacher.float(), -1), reduction="batchmean", log_target=True
     )
-    return TEMPERATURE**2 * softened
 
 
 def target_terms(

@@ -63,6 +63,7 @@ logger = logging.getLogger(__name__)
 
 # Trainer's upload leaves names with a leading underscore alone.
 _STAGING = "_unfinished"
+_EXCESS_MEMORY = 0.9
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -161,6 +162,7 @@ class NTPTrainer(Trainer):
         self._head_name, self._head = head_name, head
         self._pool: AttackerPool | None = None
         self._teacher: nn.Module | None = None
+        self._excess = torch.zeros(())
         self._target_images: dict[str, tuple[Tensor, Tensor]] = {}
         self._attacker_losses: dict[str, list[Tensor]] = {}
         self._batch_norm = has_batch_norm(network)
@@ -188,13 +190,16 @@ class NTPTrainer(Trainer):
         source_loss = F.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
         target_loss, terms = target_terms(targets, tokens, self.heads, self.args)
         terms["source_loss"] = source_loss.detach()
-        loss = source_loss + self._share_of(self.args.target_warmup) * target_loss
+        loss = source_loss
         if self._teacher is not None:
             with torch.no_grad():
                 wanted = self._teacher(pixel_values=inputs["pixel_values"]).logits
+                self._note_excess(logits.detach(), wanted, inputs["labels"])
             distillation = distillation_loss(logits, wanted)
             terms["distillation_loss"] = distillation.detach()
+            terms["source_excess"] = self._excess
             loss = loss + self.args.source_distillation * distillation
+        loss = loss + self._strength() * target_loss
         self._record(terms)
         return (loss, {"logits": logits}) if return_outputs else loss
 
@@ -227,10 +232,23 @@ class NTPTrainer(Trainer):
             outputs = model(pixel_values=images, output_hidden_states=inside)
         return outputs.logits, (features[-1], *(stage_tokens(outputs.hidden_states) if inside else ()))
 
-    def _share_of(self, warmup: float) -> float:
-        """Share of its weight that a term has at this step, rising linearly to 1 over a share of all steps."""
-        steps = warmup * self.state.max_steps
-        return min(1.0, (self.state.global_step + 1) / steps) if steps > 1 else 1.0
+    def _note_excess(self, logits: Tensor, teacher: Tensor, labels: Tensor) -> None:
+        """Keep a running mean of how much worse than the original the model is on source batches, over all ranks."""
+        worse = F.cross_entropy(logits.float(), labels) - F.cross_entropy(teacher.float(), labels)
+        self._excess = torch.lerp(self.accelerator.reduce(worse, reduction="mean"), self._excess, _EXCESS_MEMORY)
+
+    def _strength(self) -> Tensor | float:
+        """Share of its weight that everything aimed at the target has at this step: warm-up, times the guard.
+
+        The guard falls from 1 to 0 as the source gets worse than the tolerance, and than twice as much.
+        """
+        steps = self.args.target_warmup * self.state.max_steps
+        warmup = min(1.0, (self.state.global_step + 1) / steps) if steps > 1 else 1.0
+        if self._teacher is None or not self.args.source_tolerance:
+            return warmup
+        first, last = self.args.source_tolerance
+        tolerance = first * (last / first) ** (self.state.global_step / self.state.max_steps)
+        return warmup * (2 - self._excess / tolerance).clamp(0, 1)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -244,7 +262,7 @@ class NTPTrainer(Trainer):
             steps = self._pool.step(
                 self._target_images,
                 self.pruner.masks,
-                self._share_of(self.args.attacker_warmup),
+                self._strength(),
                 self.compute_loss_context_manager,
             )
             for step in steps:
@@ -315,7 +333,8 @@ class NTPTrainer(Trainer):
             self.prunable, self.args.sparsity, self.args.prune_pattern, self.args.rho, self.args.l1_weight
         )
         classes = {name: int(labels.max()) + 1 for name, labels in self.target_labels.items()}
-        if self.args.source_distillation:
+        self._excess = torch.zeros((), device=self.args.device)
+        if self.args.source_distillation or self.args.source_tolerance:
             self._teacher = copy.deepcopy(self.model).requires_grad_(False).eval()
             nn.Module.to(self._teacher, self.args.device)
         if self.args.attackers:
@@ -395,7 +414,7 @@ class NTPTrainer(Trainer):
             if self.state.best_model_checkpoint == str(staged):
                 self.state.best_model_checkpoint = str(final)
                 self.state.save_to_json(str(staged / "trainer_state.json"))
-            save_state(staged, self.pruner, self.heads, self._pool, self.settings())
+            save_state(staged, self.pruner, self.heads, self._pool, float(self._excess), self.settings())
             shutil.rmtree(final, ignore_errors=True)  # the same run may write a step again after an interruption
             staged.replace(final)
             shutil.rmtree(staged.parent)
@@ -414,5 +433,6 @@ class NTPTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            load_state(Path(checkpoint), self.pruner, self.heads, self._pool)
+            excess = load_state(Path(checkpoint), self.pruner, self.heads, self._pool)
+            self._excess = torch.tensor(excess, device=self.args.device)
             self._pruning_log["sparsity"] = torch.tensor(self.pruner.sparsity)

@@ -14,6 +14,7 @@ def main(folder):
     state = {f"model.{name}": tensor for name, tensor in ours.model.state_dict().items()}
     state |= {f"stored.{name}": tensor for name, tensor in ours.pruner.stored.items()}
     state |= {f"head.{name}": tensor for name, tensor in ours.heads["target"].tensors().items()}
+    state |= {f"attackers.{name}": tensor for name, tensor in ours._pool.tensors().items()}
     torch.save((state, ours.state.log_history[:-1]), folder / f"rank{ours.args.process_index}.pt")
 
 

@@ -30,8 +30,10 @@ def no_masks():
 
 
 def with_gradients(model):
+    """Gradients of length 1 in all, so that the attackers' part is as long as their weight says."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    next(model.parameters()).grad.view(-1)[0] = 1.0
     return model
 
 
@@ -63,6 +65,7 @@ def test_the_first_step_by_hand(monkeypatch):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert float(step.loss) < math.log(3)
     factor = 0.5 * 2.0 / max(norm, 1.0)
+    next(model.parameters()).grad.view(-1)[0] -= 1.0
     for name, gradient in wanted.items():
         torch.testing.assert_close(model.get_parameter(name).grad, -factor * gradient, atol=1e-6, rtol=1e-4)
         moved = gradient.abs() > 1e-5

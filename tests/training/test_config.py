@@ -32,6 +32,16 @@ from hf_ntp import NTPConfig
         ("push_to_hub", True, "needed: 'end'"),
         ("rho", float("inf"), "rho is inf"),
         ("fisher_shrinkage", 0.0, "fisher_shrinkage is 0"),
+        ("attackers", -1, "attackers is -1"),
+        ("attacker_weight", -1.0, "attacker_weight is -1.0"),
+        ("attacker_batch_size", 0, "attacker_batch_size is 0"),
+        ("attacker_horizon", [50, 10], r"attacker_horizon is \[50, 10\]"),
+        ("attacker_horizon", [50], "shortest and longest"),
+        ("attacker_learning_rates", [], "at least one positive rate"),
+        ("attacker_informed", 1.5, "attacker_informed is 1.5"),
+        ("collapse_weight", float("inf"), "collapse_weight is inf"),
+        ("source_distillation", -1.0, "source_distillation is -1.0"),
+        ("fp16", True, "Use bf16, or attackers=0"),
         ("remove_unused_columns", True, "remove_unused_columns is True"),
     ],
 )
@@ -54,3 +64,12 @@ def test_fingerprint_ignores_where_and_how_often_but_not_what(tmp_path):
     assert fingerprint() == fingerprint(logging_steps=7, save_steps=3)
     for option in ({"rho": 1.0}, {"seed": 3}, {"learning_rate": 0.1}, {"max_steps": 5}, {"sparsity": 0.1}):
         assert fingerprint() != fingerprint(**option)
+
+
+def test_presets(tmp_path):
+    options = {"output_dir": str(tmp_path), "report_to": "none"}
+    assert NTPConfig.from_preset("adaptive", **options).fingerprint() == NTPConfig(**options).fingerprint()
+    paper = NTPConfig.from_preset("paper", sparsity=0.9, **options)
+    assert (paper.attackers, paper.target_loss, paper.fisher, paper.sparsity) == (0, "ascent", "trace_ratio", 0.9)
+    with pytest.raises(ValueError, match="needed: one of 'adaptive', 'paper'"):
+        NTPConfig.from_preset("strong", **options)

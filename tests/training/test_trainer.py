@@ -13,7 +13,6 @@ from hf_ntp.models import zero_fraction
 
 from ..conftest import Rows, tiny_resnet, tiny_vit
 
-
 # What is not in it is the source loss and ADMM alone.
 NO_TARGET = {"target_weight": 0.0, "fisher_weight": 0.0, "collapse_weight": 0.0, "attackers": 0}
 
@@ -86,6 +85,7 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path):
         fisher_weight=0.7,
         collapse_weight=0.2,
         source_distillation=0.5,
+        source_tolerance=[],
         lr_scheduler_type="constant",
     )
     ours.train()
@@ -99,6 +99,7 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path):
     outputs = model.vit(target["pixel_values"], output_hidden_states=True)
     pooled = outputs.last_hidden_state[:, 0]
     levels = [state.mean(1) for state in outputs.hidden_states[1:]] + [pooled]
+    levels = [(level - level.mean(0)) / level.std(0, correction=0) for level in levels]
     fisher = sum(whitened_discriminant(level, target["labels"], 4, 0.1) for level in levels) / len(levels)
     transfer = uniform_cross_entropy(F.linear(pooled, head.linear.weight, head.linear.bias))
     source_states = model.vit(batch["pixel_values"], output_hidden_states=True).hidden_states[1:]
@@ -107,21 +108,41 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path):
         for states in (outputs.hidden_states[1:], source_states)
     ]
     collapse = sum((t / s + 1e-4).log() for t, s in zip(*spreads, strict=True)) / 2
-    original = tiny_vit().eval()(batch["pixel_values"]).logits / 2
-    divergence = F.kl_div((logits / 2).log_softmax(-1), original.softmax(-1), reduction="batchmean")
+    original = tiny_vit().eval()(batch["pixel_values"]).logits
+    divergence = F.kl_div(logits.log_softmax(-1), original.softmax(-1), reduction="batchmean")
     expected = F.cross_entropy(logits, batch["labels"]) + 0.3 * transfer + 0.7 * fisher + 0.2 * collapse
-    expected = expected + 0.5 * 4 * divergence
+    expected = expected + 0.5 * divergence
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_target_terms_rise_over_the_warm_up(tmp_path):
-    ours = trainer(tmp_path, max_steps=20)
+    ours = trainer(tmp_path, max_steps=20, target_warmup=0.5)
     ours.state.max_steps = 20
     strengths = []
     for ours.state.global_step in (0, 4, 9, 15):
-        strengths.append(ours._share_of(0.5))
+        strengths.append(ours._strength())
     assert strengths == [0.1, 0.5, 1.0, 1.0]
-    assert ours._share_of(0.0) == 1.0
+    ours.args.target_warmup = 0.0
+    assert ours._strength() == 1.0
+
+
+def test_the_guard_weakens_the_target_terms_when_the_source_suffers(tmp_path):
+    """Full strength up to the tolerance, none from twice the tolerance on; the tolerance falls geometrically."""
+    ours = trainer(tmp_path, target_warmup=0.0, source_tolerance=[0.4, 0.1])
+    ours._teacher, ours.state.max_steps = ours.model, 10
+    found = []
+    for ours.state.global_step, excess in ((0, -1.0), (0, 0.4), (0, 0.6), (0, 0.9), (5, 0.3), (10, 0.15)):
+        ours._excess = torch.tensor(excess)
+        found.append(float(ours._strength()))
+    assert found == pytest.approx([1.0, 1.0, 0.5, 0.0, 0.5, 0.5])
+
+
+def test_the_source_excess_is_that_over_the_original_model(tmp_path):
+    ours = trainer(tmp_path, learning_rate=0.0, weight_decay=0.0, sparsity=0.0)
+    ours.train()
+    assert float(ours._excess) == pytest.approx(0.0, abs=1e-6)
+    ours._note_excess(torch.zeros(4, 3), 100 * torch.eye(3)[[0, 1, 2, 0]], torch.tensor([0, 1, 2, 0]))
+    assert float(ours._excess) == pytest.approx(0.1 * math.log(3), rel=1e-4)
 
 
 def test_published_terms(tmp_path):

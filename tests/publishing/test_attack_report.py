@@ -1,0 +1,50 @@
+import json
+
+import pytest
+from PIL import Image
+
+from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
+
+
+def entry(area, low=None, high=None):
+    return {"normalized": area, "ci": {"normalized": [low, high]}}
+
+
+@pytest.fixture
+def results():
+    return {
+        "starts": {
+            "protected": {"dense": entry(0.05, -0.01, 0.11), "lora": entry(-0.2, -0.3, -0.1)},
+            "unprotected": {"dense": entry(0.2), "lora": entry(-0.1)},
+            "magnitude_pruned": {"dense": entry(0.18)},
+        },
+        "retained_transfer": {"protected": {"dense": 0.25, "lora": None}, "magnitude_pruned": {"dense": 0.9}},
+        "worst_case": {
+            "protected": {"attack": "dense", "slc_auc": 0.05, "retained_transfer": 0.25},
+            "unprotected": {"attack": "dense", "slc_auc": 0.2, "retained_transfer": 1.0},
+            "magnitude_pruned": {"attack": "dense", "slc_auc": 0.18, "retained_transfer": 0.9},
+        },
+    }
+
+
+def test_the_table_in_full(results):
+    assert attacks_table(results).splitlines() == [
+        "| attack | unprotected | protected | 95 % interval | retained | magnitude_pruned |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| dense | +0.200 | +0.050 | [-0.010, +0.110] | 25 % | +0.180 |",
+        "| lora | -0.100 | -0.200 | [-0.300, -0.100] |  |  |",
+        "| **worst case** | +0.200 | +0.050 |  | 25 % | +0.180 |",
+    ]
+
+
+def test_a_table_without_an_unprotected_model(results):
+    del results["starts"]["unprotected"], results["worst_case"]["unprotected"]
+    results["retained_transfer"]["protected"] = {"dense": None, "lora": None}
+    results["worst_case"]["protected"]["retained_transfer"] = None
+    assert "| **worst case** |  | +0.050 |" in attacks_table(results)
+
+
+def test_the_figure_is_drawn(results, tmp_path):
+    plot_attacks(results, tmp_path / "attacks.png", "mnist → optdigits")
+    assert min(Image.open(tmp_path / "attacks.png").size) > 200
+    json.dumps(results)
