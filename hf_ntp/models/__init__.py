@@ -12,6 +12,7 @@ from .encoder import (
     prunable_weights,
     recorded_features,
     replace_head,
+    scale_free_weights,
     stage_tokens,
     zero_fraction,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "prunable_weights",
     "recorded_features",
     "replace_head",
+    "scale_free_weights",
     "stage_tokens",
     "zero_fraction",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -202,6 +203,20 @@ def stage_tokens(hidden_states: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether any layer keeps running statistics of its batches."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def scale_free_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Convolution weights without bias that BatchNorm follows, by name: their length changes nothing in the output.
+
+    By rule: the layer and the norm come one after the other among the children of one module.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        children = list(module.named_children())
+        for (child, layer), (_, after) in pairwise(children):
+            if isinstance(layer, nn.Conv2d) and layer.bias is None and isinstance(after, _BatchNorm):
+                found[f"{name}.{child}.weight".lstrip(".")] = layer.weight
+    return found
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class ProtectionArguments:
     """
 
     sparsity: float = field(
-        default=0.85, metadata={"help": "Fraction of zeros among the prunable weights at the end, in [0, 1)."}
+        default=0.6, metadata={"help": "Fraction of zeros among the prunable weights at the end, in [0, 1)."}
     )
     prune_pattern: str = field(
         default="layer",
@@ -63,7 +63,7 @@ class ProtectionArguments:
         default=None, metadata={"help": "Dotted name of the classification head, where it cannot be found by rule."}
     )
     rho: float = field(
-        default=0.05, metadata={"help": "ADMM penalty parameter, > 0; added to the gradient after clipping."}
+        default=0.02, metadata={"help": "ADMM penalty parameter, > 0; added to the gradient after clipping."}
     )
     l1_weight: float = field(default=1e-4, metadata={"help": "Weight of the L1 norm for prune_pattern='l1', > 0."})
     admm_interval: int = field(default=16, metadata={"help": "Optimizer steps between two Z-steps, >= 1."})
@@ -105,14 +105,14 @@ class ProtectionArguments:
     )
     attacker_batch_size: int = field(
         default=16,
-        metadata={"help": "Target images of one attacker's step, a slice of the target batch; all take a step each."},
+        metadata={"help": "Target images of one attacker's step, at least; its own, beside those of the objective."},
     )
     attacker_weight: float = field(
         default=1.0,
         metadata={"help": "Length of the gradient that denies attackers progress, relative to that of the rest."},
     )
     attacker_learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "Rates that attackers draw from."}
+        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Rates that attackers draw from."}
     )
     attacker_horizon: list[int] = field(
         default_factory=lambda: [20, 500],
@@ -126,7 +126,7 @@ class ProtectionArguments:
         metadata={"help": "Share of attackers who first reset, rescale, perturb or re-initialise parts of it."},
     )
     attacker_keeps_mask: float = field(
-        default=0.2, metadata={"help": "Share of attackers who keep the present pruning mask."}
+        default=0.1, metadata={"help": "Share of attackers who keep the present pruning mask."}
     )
     attacker_sgd: float = field(
         default=0.0, metadata={"help": "Share of attackers with SGD and momentum (30-fold rates) instead of Adam."}
@@ -139,7 +139,7 @@ class ProtectionArguments:
         },
     )
     source_tolerance: list[float] = field(
-        default_factory=lambda: [0.3, 0.05],
+        default_factory=lambda: [0.4, 0.03],
         metadata={
             "help": "How much worse than the original the model may get on source batches, in nats, at the first and "
             "at the last step: beyond it everything aimed at the target gets weaker, and stops at twice as much. "

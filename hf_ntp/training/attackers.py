@@ -213,8 +213,10 @@ class AttackerPool:
         share = strength * self.options.attacker_weight * length / len(self.lives) ** 0.5
         steps = []
         for slot in range(len(self.lives)):
-            attacker = self._living(slot, masks)
             images, labels = self._slice(slot, *batches[self.domain(slot)])
+            if not len(labels):  # the last batch of an epoch may be too small for all
+                continue
+            attacker = self._living(slot, masks)
             loss, gradients = self._gradients(attacker, images, labels, autocast())
             if attacker.age >= self.options.attacker_patience:  # a newborn one only fits its head
                 # A factor instead of a branch: no wait for the device.
@@ -228,10 +230,11 @@ class AttackerPool:
         return steps
 
     def _slice(self, slot: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Part of the batch that belongs to a slot: attackers share the batch out among them, in turn."""
-        parts = max(1, len(labels) // self.options.attacker_batch_size)
-        place = slot // len(self.num_classes) % parts
-        return images.chunk(parts)[place], labels.chunk(parts)[place]
+        """Part of a domain's batch that belongs to a slot: its attackers share the batch out among them."""
+        domains = len(self.num_classes)
+        parts = len(range(slot % domains, len(self.lives), domains))
+        place = slot // domains
+        return images.tensor_split(parts)[place], labels.tensor_split(parts)[place]
 
     def _living(self, slot: int, masks: Callable[[], Mapping[str, Tensor]]) -> _Attacker:
         attacker = self.attackers[slot]

@@ -15,12 +15,12 @@ from transformers import BaseImageProcessor, default_data_collator
 from ..data import PixelDataset, check_labels, check_target
 
 ImageData: TypeAlias = datasets.Dataset | Dataset
-Index = tuple[int, int, tuple[int, ...]]
+Index = tuple[int, int, tuple[tuple[int, ...], ...]]
 Transform = Callable[[Tensor, np.random.Generator], Tensor]
 
 
 class PairedDataset(Dataset):
-    """Map-style dataset whose index names the epoch, one source row and one row of every target.
+    """Map-style dataset whose index names the epoch, one source row and some rows of every target.
 
     One dataset with explicit indices is what makes an interrupted run resume bit for bit: two data loaders, or a
     dataset with an epoch of its own, do not survive a restart.
@@ -51,16 +51,18 @@ class PairedDataset(Dataset):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[Index]) -> dict[str, Any]:
-        """Return a collated batch: "pixel_values", "labels" and the same two under "targets" for every domain."""
+        """Return a collated batch: "pixel_values", "labels", and both by domain under "targets" and "attacked"."""
         epoch, first, _ = indices[0]
         batch = _batch(self.source, [source for _, source, _ in indices])
         if self.source_transform is not None:
             rng = np.random.default_rng([self.seed, epoch, first])
             batch["pixel_values"] = self.source_transform(batch["pixel_values"], rng)
-        batch["targets"] = {
-            name: _batch(dataset, [targets[i] for _, _, targets in indices])
-            for i, (name, dataset) in enumerate(self.targets.items())
-        }
+        batch["targets"], batch["attacked"] = {}, {}
+        for i, (name, dataset) in enumerate(self.targets.items()):
+            rows = [targets[i] for _, _, targets in indices]
+            batch["targets"][name] = _batch(dataset, [first for first, *_ in rows])
+            if spare := [row for _, *rest in rows for row in rest]:
+                batch["attacked"][name] = _batch(dataset, spare)
         return batch
 
 
@@ -70,7 +72,7 @@ def collate(rows: Any) -> dict[str, Any]:
 
 
 class PairedSampler(Sampler[Index]):
-    """Order of an epoch: every source row once, beside as many rows of each target, all shuffled.
+    """Order of an epoch: every source row once, beside rows of each target, all shuffled.
 
     The order depends on (seed, epoch) alone, so all ranks agree and a resumed epoch continues where it stopped.
     Targets smaller than the source are gone through several times, each time in a new order.
@@ -79,11 +81,13 @@ class PairedSampler(Sampler[Index]):
         source_size: Rows of the source.
         target_sizes: Rows of every target.
         seed: Seed of the run.
+        draws: Rows of every target beside one source row: the first for the objective, the rest for the attackers.
     """
 
-    def __init__(self, source_size: int, target_sizes: Sequence[int], seed: int) -> None:
+    def __init__(self, source_size: int, target_sizes: Sequence[int], seed: int, draws: int = 1) -> None:
         self.source_size = source_size
         self.target_sizes = list(target_sizes)
+        self.draws = draws
         self.seed = seed
         self.epoch = 0
 
@@ -95,12 +99,16 @@ class PairedSampler(Sampler[Index]):
         return self.source_size
 
     def __iter__(self) -> Iterator[Index]:
-        columns = [
-            _shuffled(size, self.source_size, np.random.default_rng([self.seed, self.epoch, stream]))
-            for stream, size in enumerate([self.source_size, *self.target_sizes])
-        ]
-        for source, *targets in zip(*columns, strict=True):
-            yield self.epoch, int(source), tuple(int(index) for index in targets)
+        sources, *targets = (
+            _shuffled(size, draws * self.source_size, np.random.default_rng([self.seed, self.epoch, stream]))
+            .reshape(draws, self.source_size)
+            .T.tolist()
+            for stream, (size, draws) in enumerate(
+                [(self.source_size, 1), *((size, self.draws) for size in self.target_sizes)]
+            )
+        )
+        for (source,), *rows in zip(sources, *targets, strict=True):
+            yield self.epoch, source, tuple(tuple(drawn) for drawn in rows)
 
 
 def _shuffled(size: int, length: int, rng: np.random.Generator) -> np.ndarray:

@@ -37,6 +37,7 @@ from ..models import (
     has_batch_norm,
     prunable_weights,
     recorded_features,
+    scale_free_weights,
     stage_tokens,
     zero_fraction,
 )
@@ -64,6 +65,12 @@ logger = logging.getLogger(__name__)
 # Trainer's upload leaves names with a leading underscore alone.
 _STAGING = "_unfinished"
 _EXCESS_MEMORY = 0.9
+
+
+def _spare_draws(args: NTPConfig, domains: int) -> int:
+    """Target rows beside every source row that are the attackers': enough for ``attacker_batch_size`` each."""
+    images = math.ceil(args.attackers / domains) * args.attacker_batch_size
+    return math.ceil(images / args.per_device_train_batch_size)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -134,7 +141,10 @@ class NTPTrainer(Trainer):
         self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
         check_pattern(self.prunable, args.prune_pattern)
         self.paired_sampler = PairedSampler(
-            len(paired), [len(labels) for labels in self.target_labels.values()], paired.seed
+            len(paired),
+            [len(labels) for labels in self.target_labels.values()],
+            paired.seed,
+            1 + _spare_draws(args, len(targets)),
         )
         super().__init__(
             model=network,
@@ -162,8 +172,9 @@ class NTPTrainer(Trainer):
         self._head_name, self._head = head_name, head
         self._pool: AttackerPool | None = None
         self._teacher: nn.Module | None = None
+        self._lengths: list[tuple[Tensor, Tensor]] = []
         self._excess = torch.zeros(())
-        self._target_images: dict[str, tuple[Tensor, Tensor]] = {}
+        self._attacked: dict[str, tuple[Tensor, Tensor]] = {}
         self._attacker_losses: dict[str, list[Tensor]] = {}
         self._batch_norm = has_batch_norm(network)
         self._pruning_log: dict[str, Tensor] = {}
@@ -185,7 +196,7 @@ class NTPTrainer(Trainer):
         if "targets" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._pool is not None:
-            self._target_images = {n: (t["pixel_values"], t["labels"]) for n, t in inputs["targets"].items()}
+            self._attacked = {n: (t["pixel_values"], t["labels"]) for n, t in inputs["attacked"].items()}
         logits, tokens, targets = self._forward(model, inputs)
         source_loss = F.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
         target_loss, terms = target_terms(targets, tokens, self.heads, self.args)
@@ -260,7 +271,7 @@ class NTPTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._pool is not None and self.accelerator.sync_gradients:
             steps = self._pool.step(
-                self._target_images,
+                self._attacked,
                 self.pruner.masks,
                 self._strength(),
                 self.compute_loss_context_manager,
@@ -275,14 +286,28 @@ class NTPTrainer(Trainer):
 
     def advance_pruning(self, step: int, max_steps: int) -> None:
         """Do what is due after optimizer step ``step``: nothing, a Z-step, the hard prune, or the mask."""
+        begin, end = self.args.pruning_begin * max_steps, self.args.pruning_end * max_steps
         if self.pruner.finished:
             self.pruner.enforce_mask()
-            return
-        begin, end = self.args.pruning_begin * max_steps, self.args.pruning_end * max_steps
-        if step >= end:
+        elif step >= end:
             self._finish_pruning()
         elif step > begin and step % self.args.admm_interval == 0:
             self._pruning_log = self.pruner.update((step - begin) / (end - begin))._asdict()
+        if self._pool is not None:
+            self._restore_lengths()
+
+    @torch.no_grad()
+    def _restore_lengths(self) -> None:
+        """Give weights before a BatchNorm the length they began with.
+
+        The defender's gradient makes them ever longer, and any step relatively shorter: attackers would look slow,
+        and one line of normalisation would undo it.
+        """
+        if self._lengths:
+            weights = [weight for weight, _ in self._lengths]
+            now = torch._foreach_norm(weights)
+            factors = [wanted / length for (_, wanted), length in zip(self._lengths, now, strict=True)]
+            torch._foreach_mul_(weights, factors)
 
     def _finish_pruning(self) -> None:
         self.pruner.finish()
@@ -337,6 +362,8 @@ class NTPTrainer(Trainer):
         if self.args.source_distillation or self.args.source_tolerance:
             self._teacher = copy.deepcopy(self.model).requires_grad_(False).eval()
             nn.Module.to(self._teacher, self.args.device)
+        weights = scale_free_weights(self.model).values()
+        self._lengths = [(weight, weight.detach().norm()) for weight in weights]
         if self.args.attackers:
             self._pool = AttackerPool(self.model, self._head_name, self._head, classes, self.args, self.args.seed)
         self._pruning_log, self._terms, self._term_count = {"sparsity": torch.zeros(())}, {}, 0

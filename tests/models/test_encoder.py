@@ -12,6 +12,7 @@ from hf_ntp.models import (
     prunable_weights,
     recorded_features,
     replace_head,
+    scale_free_weights,
     stage_tokens,
     zero_fraction,
 )
@@ -94,6 +95,19 @@ def test_a_head_named_in_the_config_is_found_again():
     model = tiny_vit(num_labels=16)
     model.config.ntp = {"head_name": "classifier"}
     assert find_head(model)[0] == "classifier"
+
+
+def test_scale_free_weights_may_be_rescaled():
+    model = tiny_resnet().train()
+    images = torch.randn(6, 3, 8, 8)
+    before = model(images).logits
+    weights = scale_free_weights(model)
+    assert len(weights) == 6
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.mul_(3)
+    torch.testing.assert_close(model(images).logits, before, atol=1e-3, rtol=1e-3)
+    assert scale_free_weights(tiny_vit()) == {}
 
 
 def test_stage_tokens_of_a_model_that_gives_none():

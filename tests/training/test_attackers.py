@@ -97,12 +97,20 @@ def test_attackers_die_and_are_replaced():
 
 
 def test_attackers_share_the_batch_out():
-    pool = pool_of(tiny_vit(), attackers=4, attacker_batch_size=4)
+    model = tiny_vit()
+    name, head = find_head(model)
+    pool = AttackerPool(model, name, head, {"a": 3, "b": 3}, ProtectionArguments(attackers=5), 0)
     images, labels = batch(size=12)["target"]
-    slices = [pool._slice(slot, images, labels) for slot in range(4)]
-    assert torch.equal(torch.cat([part for _, part in slices[:3]]), labels)
-    assert torch.equal(slices[3][0], slices[0][0])
-    assert len(pool_of(tiny_vit(), attacker_batch_size=64)._slice(3, images, labels)[1]) == 12
+    for slots in ((0, 2, 4), (1, 3)):  # of the first domain and of the second
+        slices = [pool._slice(slot, images, labels) for slot in slots]
+        assert torch.equal(torch.cat([part for part, _ in slices]), images)
+        assert torch.equal(torch.cat([part for _, part in slices]), labels)
+
+
+def test_a_batch_too_small_for_all_is_for_some():
+    pool = pool_of(with_gradients(tiny_vit()), attackers=4)
+    images, labels = batch(size=2)["target"]
+    assert len(pool.step({"target": (images, labels)}, no_masks, 1.0)) == 2
 
 
 def test_first_lives_are_staggered():

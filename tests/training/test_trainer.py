@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from hf_ntp import NTPConfig, NTPTrainer
 from hf_ntp.functional import uniform_cross_entropy, whitened_discriminant
-from hf_ntp.models import zero_fraction
+from hf_ntp.models import scale_free_weights, zero_fraction
 
 from ..conftest import Rows, tiny_resnet, tiny_vit
 
@@ -213,6 +213,14 @@ def test_batch_norm_statistics_come_from_the_source_only(tmp_path):
         ours.train()
     for (name, a), (_, b) in zip(one.model.named_buffers(), other.model.named_buffers(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_weights_before_batch_norm_keep_their_length(tmp_path):
+    model = tiny_resnet()
+    before = {name: float(weight.norm()) for name, weight in scale_free_weights(model).items()}
+    ours = trainer(tmp_path, model, learning_rate=1e-2)
+    ours.train()
+    assert {name: float(weight.norm()) for name, weight in scale_free_weights(model).items()} == pytest.approx(before)
 
 
 def test_several_targets_with_label_sets_of_their_own(tmp_path):
