@@ -109,7 +109,9 @@ class ProtectionArguments:
     )
     attacker_weight: float = field(
         default=1.0,
-        metadata={"help": "Length of the gradient that denies attackers progress, relative to that of the rest."},
+        metadata={
+            "help": "Learning rate of the steps that deny attackers progress, as a share of learning_rate."
+        },
     )
     attacker_learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Rates that attackers draw from."}

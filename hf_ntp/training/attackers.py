@@ -5,8 +5,9 @@ One forward and backward pass at the attacker's weights W + offset gives two thi
 which descends its cross-entropy L_T, and the defender's first-order gradient, which ascends it there (the idea of
 SOPHON, Deng et al. 2024, and TAR, Tamirisa et al. 2024: simulate the attack, then raise the loss where it leads):
 
-    offset <- Optimizer(offset, grad L_T(W + offset))
-    W.grad += -weight * |W.grad| * clip(grad L_T(W + offset), 1) / sqrt(attackers)
+    offset <- Optimizer(offset, grad L_T(W + offset)),      g -= unit(grad L_T(W + offset)),      W <- Adam(W, g)
+
+The defender's direction g has an Adam of its own: with a shared one its noise would drown the steps of the source.
 
 Lifetimes are staggered, so that young and old attackers act side by side and a long horizon costs no unrolling. An
 attacker who begins with part of the encoder re-initialised or shrunk is at c W + offset, c < 1 there; the defender's
@@ -183,6 +184,9 @@ class AttackerPool:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and not name.startswith(f"{head_name}.")
         }
+        # Made on the spot for its update alone; the learning rate comes with every step.
+        self.optimizer = torch.optim.Adam(self.weights.values(), lr=torch.tensor(0.0), fused=True)
+        self.push = [torch.zeros_like(weight) for weight in self.weights.values()]
         self.lives = [0] * options.attackers
         self.attackers: list[_Attacker | None] = [None] * options.attackers
 
@@ -194,23 +198,19 @@ class AttackerPool:
         self,
         batches: Mapping[str, tuple[Tensor, Tensor]],
         masks: Callable[[], Mapping[str, Tensor]],
-        strength: Tensor | float,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> list[AttackerStep]:
-        """Let every attacker take a step, and add the defender's gradient to ``.grad``.
+        """Let every attacker take a step, and collect the defender's direction in :attr:`push`.
 
         Args:
             batches: Pixel values [N, 3, H, W] and labels [N] by domain.
             masks: Gives the present boolean pruning mask by weight name, for attackers that are born now.
-            strength: Factor on ``attacker_weight`` at this step, in [0, 1].
             autocast: Gives the context of a forward pass.
 
         Returns:
             One entry per attacker.
         """
-        present = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))
-        share = strength * self.options.attacker_weight * length / len(self.lives) ** 0.5
+        torch._foreach_zero_(self.push)
         steps = []
         for slot in range(len(self.lives)):
             images, labels = self._slice(slot, *batches[self.domain(slot)])
@@ -221,7 +221,7 @@ class AttackerPool:
             if attacker.age >= self.options.attacker_patience:  # a newborn one only fits its head
                 # A factor instead of a branch: no wait for the device.
                 denied = loss < float(np.log(self.num_classes[self.domain(slot)])) - _MARGIN
-                self._ascend(attacker, gradients, share * denied)
+                self._deny(attacker, gradients, denied)
             attacker.advance(gradients)
             steps.append(AttackerStep(loss, attacker.age >= attacker.plan.lifetime))
             if attacker.age >= attacker.plan.lifetime:
@@ -292,24 +292,31 @@ class AttackerPool:
         parts = flat.split([1, *(gradient.numel() for gradient in gradients)])
         return parts[0][0], [part.view_as(g) for part, g in zip(parts[1:], gradients, strict=True)]
 
-    def _ascend(self, attacker: _Attacker, gradients: Sequence[Tensor], weight: Tensor) -> None:
-        """Subtract the gradient of the attacker's loss with respect to W, clipped to norm 1, from the encoder's."""
-        found = [
-            (parameter.grad, gradient, attacker.kept.get(name, 1.0))
-            for (name, parameter), gradient in zip(self.weights.items(), gradients, strict=False)
-            if parameter.grad is not None
-        ]
-        own, theirs, factors = map(list, zip(*found, strict=True))
-        felt = list(torch._foreach_mul(theirs, factors))
+    def _deny(self, attacker: _Attacker, gradients: Sequence[Tensor], denied: Tensor) -> None:
+        """Add the direction of W in which the attacker's loss rises, at length 1 (written as steps that descend)."""
+        factors = [attacker.kept.get(name, 1.0) for name in self.weights]
+        felt = torch._foreach_mul(list(gradients[: len(factors)]), factors)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(felt)))
-        torch._foreach_sub_(own, torch._foreach_mul(felt, weight / norm.clamp_min(1.0)))
+        torch._foreach_sub_(self.push, torch._foreach_mul(felt, denied / norm.clamp_min(1e-6)))
+
+    @torch.no_grad()
+    def push_back(self, learning_rate: Tensor | float) -> None:
+        """Move the encoder along :attr:`push` by a step of Adam; no step where no attacker had to be denied."""
+        any_denied = torch.stack(torch._foreach_norm(self.push)).sum() > 0
+        self.optimizer.param_groups[0]["lr"] = learning_rate * any_denied.float()
+        for weight, push in zip(self.weights.values(), self.push, strict=True):
+            weight.grad = push
+        self.optimizer.step()
 
     # State
 
     def tensors(self) -> dict[str, Tensor]:
         """State tensors by name, for a checkpoint; with :meth:`scalars` they are the whole state."""
         living = {slot: attacker for slot, attacker in enumerate(self.attackers) if attacker is not None}
-        return {f"{slot}.{name}": t for slot, attacker in living.items() for name, t in attacker.tensors().items()}
+        state = {f"{slot}.{name}": t for slot, attacker in living.items() for name, t in attacker.tensors().items()}
+        for name, weight in self.weights.items():
+            state |= {f"adam.{key}.{name}": value for key, value in self.optimizer.state[weight].items()}
+        return state
 
     def scalars(self) -> dict[str, Any]:
         """JSON part of the state."""
@@ -338,3 +345,8 @@ class AttackerPool:
             for name, tensor in attacker.tensors().items():
                 tensor.copy_(saved[name])
             self.attackers[slot] = attacker
+        for name, weight in self.weights.items():
+            moments = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[weight] = {
+                key: value.clone().to(weight.device) for key, value in moments.items() if value is not None
+            }

@@ -264,16 +264,12 @@ class NTPTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Trainer's step; then, once per optimizer step, the simulated attackers act and add the defender's gradient.
-
-        Before clipping: source and attackers keep the proportion that their weights say.
-        """
+        """Trainer's step; then, once per optimizer step, the simulated attackers act."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._pool is not None and self.accelerator.sync_gradients:
             steps = self._pool.step(
                 self._attacked,
                 self.pruner.masks,
-                self._strength(),
                 self.compute_loss_context_manager,
             )
             for step in steps:
@@ -286,6 +282,9 @@ class NTPTrainer(Trainer):
 
     def advance_pruning(self, step: int, max_steps: int) -> None:
         """Do what is due after optimizer step ``step``: nothing, a Z-step, the hard prune, or the mask."""
+        if self._pool is not None:
+            rate = self.args.attacker_weight * self._get_learning_rate()
+            self._pool.push_back(rate * self._strength())
         begin, end = self.args.pruning_begin * max_steps, self.args.pruning_end * max_steps
         if self.pruner.finished:
             self.pruner.enforce_mask()
