@@ -48,7 +48,7 @@ class RecipeArguments:
     preset: str = field(
         default="adaptive",
         metadata={
-            "help": "Defaults of the options: 'adaptive' or 'paper' (published).",
+            "help": "Defaults of the options: 'adaptive', 'adaptive_convnet' or 'paper' (published).",
             "choices": [*PRESETS],
         },
     )

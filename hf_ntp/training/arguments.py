@@ -15,6 +15,17 @@ def parse_n_m(pattern: str) -> tuple[int, int] | None:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "adaptive": {},
+    "adaptive_convnet": {
+        "sparsity": 0.8,
+        "rho": 0.1,
+        "target_warmup": 0.05,
+        "attacker_batch_size": 32,
+        "attacker_learning_rates": [1e-3, 3e-3, 1e-2],
+        "attacker_horizon": [10, 150],
+        "source_tolerance": [0.15, 0.03],
+        "collapse_weight": 0.0,
+        "fisher_weight": 0.0,
+    },
     "paper": {
         "sparsity": 0.95,
         "prune_pattern": "l1",
@@ -32,7 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fisher_weight": 1e3,
     },
 }
-"""Options by name of the preset: "adaptive" (the defaults) and "paper" (NTP's published terms and settings)."""
+"""Options by name of the preset: "adaptive" (the defaults, found on a ViT), "adaptive_convnet" (found on a ResNet) and
+"paper" (NTP's published terms)."""
 
 
 @dataclass

@@ -71,5 +71,5 @@ def test_presets(tmp_path):
     assert NTPConfig.from_preset("adaptive", **options).fingerprint() == NTPConfig(**options).fingerprint()
     paper = NTPConfig.from_preset("paper", sparsity=0.9, **options)
     assert (paper.attackers, paper.target_loss, paper.fisher, paper.sparsity) == (0, "ascent", "trace_ratio", 0.9)
-    with pytest.raises(ValueError, match="needed: one of 'adaptive', 'paper'"):
+    with pytest.raises(ValueError, match="needed: one of 'adaptive', 'adaptive_convnet', 'paper'"):
         NTPConfig.from_preset("strong", **options)
