@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,8 +21,6 @@ import torch
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
-    ResNetConfig,
-    ResNetForImageClassification,
     Trainer,
     TrainerControl,
     TrainerState,
@@ -30,10 +29,18 @@ from transformers import (
 from transformers.trainer_callback import TrainerCallback
 
 from hf_ntp import NTPConfig, NTPTrainer
-from hf_ntp.training.pretraining import small_vit
+from hf_ntp.training.arguments import PRESETS
+from hf_ntp.training.pretraining import small_resnet, small_vit
 
-CLASSES = 10
+LABELS = [str(digit) for digit in range(10)]
 IMAGES = 64
+# ADMM, target head and Fisher term alone, and everything that the presets for these models do.
+WITHOUT_ATTACKERS = {"attackers": 0, "source_distillation": 0.0, "source_tolerance": [], "collapse_weight": 0.0}
+KINDS: dict[str, Callable[[str], dict[str, Any] | None]] = {
+    "plain": lambda model: None,
+    "no attackers": lambda model: WITHOUT_ATTACKERS,
+    "preset": lambda model: PRESETS["adaptive" if model.startswith("ViT") else "adaptive_convnet"],
+}
 
 
 class RandomImages(Dataset):
@@ -41,7 +48,7 @@ class RandomImages(Dataset):
 
     def __init__(self, image_size: int, rows: int = 3000) -> None:
         self.images = torch.randn(rows, 3, image_size, image_size)
-        self.labels = torch.randint(0, CLASSES, (rows,))
+        self.labels = torch.randint(0, len(LABELS), (rows,))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,17 +76,13 @@ class StepTimes(TrainerCallback):
 
 def models() -> dict[str, PreTrainedModel]:
     """Tiny ViT of the recipe and a small ResNet at 32x32."""
-    resnet = ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic", num_labels=CLASSES
-    )
-    return {
-        "ViT 16x16": small_vit([str(i) for i in range(CLASSES)]),
-        "ResNet 32x32": ResNetForImageClassification(resnet),
-    }
+    return {"ViT 16x16": small_vit(LABELS), "ResNet 32x32": small_resnet(LABELS)}
 
 
-def seconds_per_step(model: PreTrainedModel, image_size: int, steps: int, protected: bool, folder: str) -> float:
-    """Mean seconds of a step of plain Trainer or of NTPTrainer, Z-steps included."""
+def seconds_per_step(
+    model: PreTrainedModel, image_size: int, steps: int, method: dict[str, Any] | None, folder: str
+) -> float:
+    """Mean seconds of a step of NTPTrainer with options, Z-steps included, or of plain Trainer (None)."""
     watch = StepTimes()
     options: dict[str, Any] = {
         "output_dir": folder,
@@ -93,8 +96,8 @@ def seconds_per_step(model: PreTrainedModel, image_size: int, steps: int, protec
         "dataloader_pin_memory": False,
     }
     data = RandomImages(image_size)
-    if protected:
-        config = NTPConfig(per_device_train_batch_size=IMAGES // 2, pruning_end=1.0, **options)
+    if method is not None:
+        config = NTPConfig(per_device_train_batch_size=IMAGES // 2, pruning_end=1.0, **options, **method)
         trainer: Trainer = NTPTrainer(model, config, data, RandomImages(image_size), callbacks=[watch])
     else:
         plain = TrainingArguments(per_device_train_batch_size=IMAGES, **options)
@@ -111,21 +114,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     figures = {}
-    print(f"{'model':<14}{'plain ms':>10}{'NTP ms':>10}{'ratio':>8}{'min':>8}{'max':>8}")
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models().items():
             size = int(name.rpartition("x")[2])
-            pairs = [
-                [seconds_per_step(model, size, options.steps, protected, folder) for protected in (False, True)]
+            turns = [
+                [seconds_per_step(model, size, options.steps, kind(name), folder) for kind in KINDS.values()]
                 for _ in range(options.turns)
             ]
-            ratios = [ours / plain for plain, ours in pairs]
-            plain, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
-            figures[name] = {"plain_s": plain, "ntp_s": ours, "ratio": statistics.median(ratios), "ratios": ratios}
-            print(
-                f"{name:<14}{1e3 * plain:>10.2f}{1e3 * ours:>10.2f}{statistics.median(ratios):>8.3f}"
-                f"{min(ratios):>8.3f}{max(ratios):>8.3f}"
-            )
+            figures[name] = {}
+            for kind, column in zip(KINDS, zip(*turns, strict=True), strict=True):
+                ratios = [ours / plain for ours, (plain, *_) in zip(column, turns, strict=True)]
+                ratio = statistics.median(ratios)
+                figures[name][kind] = {"seconds": statistics.median(column), "ratio": ratio, "ratios": ratios}
+                print(
+                    f"{name:<14}{kind:<14}{1e3 * statistics.median(column):>8.2f} ms{ratio:>8.3f} x plain"
+                    f"{min(ratios):>8.3f} to {max(ratios):.3f}"
+                )
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

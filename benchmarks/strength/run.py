@@ -4,18 +4,21 @@
 
 Everything is made on the spot: models are pretrained on the source, protected against the owner's part of the target,
 and attacked with the attacker's part, which the protection has never seen. Finished models and fits are kept in
---work_dir, so that an interrupted run continues; results.json, table.md and strength.png are rewritten after
-every cell. `--only resnet/mnist-mnistm` (any part of a cell's name) runs some cells and keeps the others' results.
+--work_dir, so that an interrupted run continues; results.json, table.md and strength.png are rewritten after every
+cell, and a cell whose result is there is not run again until a setting changes. `--only resnet/mnist-mnistm` (any part
+of a cell's name) runs some cells only.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import joblib
@@ -31,7 +34,9 @@ from hf_ntp.evaluation.controls import prune_without_protection
 from hf_ntp.evaluation.runner import accuracy_of
 from hf_ntp.evaluation.suite import run_attacks
 from hf_ntp.models import noted_prunable_weights, zero_fraction
+from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
 from hf_ntp.run_folder import whole_file, whole_folder
+from hf_ntp.training.arguments import PRESETS, ProtectionArguments
 from hf_ntp.training.pretraining import small_resnet, small_vit, train_classifier
 
 HERE = Path(__file__).parent
@@ -51,7 +56,7 @@ SAMPLE_SIZES = (10, 30, 100)
 SEEDS = (0, 1, 2)
 OWNER_FRACTION = 0.75
 PRETRAIN_STEPS = 2500
-WITHOUT_TARGET: dict[str, Any] = {"attackers": 0, "fisher_weight": 0.0, "target_weight": 0.0}
+WITHOUT_TARGET: dict[str, Any] = {"attackers": 0, "fisher_weight": 0.0, "collapse_weight": 0.0, "target_weight": 0.0}
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,15 @@ class Architecture:
 
     build: Callable[..., PreTrainedModel]
     image_size: int
+    adaptive: str
+    """Preset of the adversarially trained protection."""
     protection_steps: int
     attack_steps: int
 
 
 ARCHITECTURES = {
-    "vit": Architecture(small_vit, 16, 3500, 600),
-    "resnet": Architecture(small_resnet, 32, 3500, 300),
+    "resnet": Architecture(small_resnet, 32, "adaptive_convnet", 2500, 300),
+    "vit": Architecture(small_vit, 16, "adaptive", 3000, 600),
 }
 
 
@@ -138,36 +145,59 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(staged)
 
 
-def attack(cell: Cell, models: dict[str, Path], work: Path, jobs: int | None) -> dict[str, Any]:
-    """Measure one cell."""
+class Arena(NamedTuple):
+    """What the attacks on a cell share."""
+
+    target: hf_ntp.AttackData
+    settings: dict[str, Any]
+
+
+def arena(cell: Cell, work: Path, jobs: int | None) -> Arena:
+    """Return the attacker's data, with authorized images for the attacks that begin there, and the budget."""
     shape = ARCHITECTURES[cell.architecture]
     source, target = load(cell.source, shape.image_size), load(cell.target, shape.image_size)
-    protocol = hf_ntp.FineTuneProtocol(steps=shape.attack_steps)
-    full = str(cell) in FULL_SUITE
-    data = hf_ntp.AttackData(target.attacker, target.validation, target.test, source.validation if full else None)
-    shared: dict[str, Any] = {
-        "sample_sizes": SAMPLE_SIZES, "seeds": SEEDS, "protocol": protocol, "cache_dir": work / "fits", "jobs": jobs,
-    }  # fmt: skip
+    data = hf_ntp.AttackData(target.attacker, target.validation, target.test, source.validation)
+    settings = {
+        "sample_sizes": SAMPLE_SIZES,
+        "seeds": SEEDS,
+        "protocol": hf_ntp.FineTuneProtocol(steps=shape.attack_steps),
+        "cache_dir": work / "fits",
+        "jobs": jobs,
+    }
+    return Arena(data, settings)
+
+
+def attack(cell: Cell, models: dict[str, Path], work: Path, jobs: int | None) -> dict[str, Any]:
+    """Measure one cell with the decisive attacks."""
+    data, settings = arena(cell, work, jobs)
+    test = load(cell.source, ARCHITECTURES[cell.architecture].image_size).test
     paths = {name: str(path) for name, path in models.items()}
     starts = {"protected": paths["adaptive"], "unprotected": paths["unprotected"]}
-    result: dict[str, Any] = {
-        "source_accuracy": {name: source_accuracy(path, source.test) for name, path in paths.items()},
+    return {
+        "source_accuracy": {name: source_accuracy(path, test) for name, path in paths.items()},
         "sparsity": {name: sparsity(paths[name]) for name in ("adaptive", "paper")},
-        "adaptive": run_attacks(starts, data, list(ATTACKS) if full else DECISIVE, **shared),
-        "paper": run_attacks({"protected": paths["paper"]}, data, PAPER_ATTACKS, **shared),
+        "adaptive": run_attacks(starts, data, DECISIVE, **settings),
+        "paper": run_attacks({"protected": paths["paper"]}, data, PAPER_ATTACKS, **settings),
     }
-    if full:
-        controls = {"protected": paths["adaptive"], "without_target_terms": paths["reference"]}
-        for kind in ("magnitude", "random"):
-            folder = models["adaptive"].parent / f"{kind}_pruned"
-            if not folder.exists():
-                prune_without_protection(paths["unprotected"], folder, paths["adaptive"], kind)
-            controls[folder.name] = str(folder)
-        third = load(THIRD, shape.image_size)
-        elsewhere = hf_ntp.AttackData(third.attacker, third.validation, third.test)
-        result["controls"] = run_attacks(controls, data, PAPER_ATTACKS, **shared)
-        result["third_domain"] = {"name": THIRD, **run_attacks(starts, elsewhere, ("dense",), **shared)}
-    return result
+
+
+def attack_with_everything(cell: Cell, models: dict[str, Path], work: Path, jobs: int | None) -> dict[str, Any]:
+    """Measure one cell with the whole suite, controls and an unrelated domain."""
+    data, settings = arena(cell, work, jobs)
+    starts = {"protected": str(models["adaptive"]), "unprotected": str(models["unprotected"])}
+    controls = {"protected": str(models["adaptive"]), "without_target_terms": str(models["reference"])}
+    for kind in ("magnitude", "random"):
+        folder = models["adaptive"].parent / f"{kind}_pruned"
+        if not folder.exists():
+            prune_without_protection(models["unprotected"], folder, models["adaptive"], kind)
+        controls[folder.name] = str(folder)
+    third = load(THIRD, ARCHITECTURES[cell.architecture].image_size)
+    elsewhere = hf_ntp.AttackData(third.attacker, third.validation, third.test)
+    return {
+        "attacks": run_attacks(starts, data, list(ATTACKS), **settings),
+        "controls": run_attacks(controls, data, PAPER_ATTACKS, **settings),
+        "third_domain": {"name": THIRD, **run_attacks(starts, elsewhere, ("dense",), **settings)},
+    }
 
 
 def source_accuracy(folder: str, test: hf_ntp.PixelDataset) -> float:
@@ -182,26 +212,35 @@ def sparsity(folder: str) -> float:
     )
 
 
-def make_models(cells: list[Cell], work: Path, jobs: int) -> dict[Cell, dict[str, Path]]:
-    """Pretrain and protect everything that is missing, as many at a time as there are processes."""
-    models, first, second = {}, {}, []
-    for cell in cells:
-        root = work / "models" / cell.architecture / cell.source
-        base, reference = root / "unprotected" / "model", root / "without_target_terms" / "model"
-        models[cell] = {"unprotected": base, "reference": reference}
-        if not base.exists():
-            first[base] = joblib.delayed(pretrain)(cell.architecture, cell.source, base)
-        if not reference.exists() and reference not in [path for path, _ in second]:
-            second.append((reference, joblib.delayed(protect)(cell, base, reference, "adaptive", WITHOUT_TARGET)))
-        for preset in ("adaptive", "paper"):
-            folder = root / cell.target / preset / "model"
-            models[cell][preset] = folder
-            if not folder.exists():
-                second.append((folder, joblib.delayed(protect)(cell, base, folder, preset, {})))
+def make_models(cell: Cell, work: Path, jobs: int) -> dict[str, Path]:
+    """Pretrain and protect what is missing for a cell, as much at a time as there are processes."""
+    root = work / "models" / cell.architecture / cell.source
+    adaptive = ARCHITECTURES[cell.architecture].adaptive
+    base = root / "unprotected" / "model"
+    models = {
+        "adaptive": root / cell.target / "adaptive" / "model",
+        "paper": root / cell.target / "paper" / "model",
+        "reference": root / "without_target_terms" / "model",
+    }
+    options = {"adaptive": (adaptive, {}), "paper": ("paper", {}), "reference": (adaptive, WITHOUT_TARGET)}
     with joblib.parallel_config("loky", inner_max_num_threads=1):
-        joblib.Parallel(n_jobs=jobs)(first.values())
-        joblib.Parallel(n_jobs=jobs)(task for _, task in second)
-    return models
+        if not base.exists():
+            pretrain(cell.architecture, cell.source, base)
+        joblib.Parallel(n_jobs=jobs)(
+            joblib.delayed(protect)(cell, base, folder, *options[name])
+            for name, folder in models.items()
+            if not folder.exists()
+        )
+    return {"unprotected": base, **models}
+
+
+def settings_of(cell: Cell) -> str:
+    """Digest of what decides a cell's numbers, to tell results of older settings."""
+    shape = ARCHITECTURES[cell.architecture]
+    protection = asdict(hf_ntp.NTPConfig.from_preset(shape.adaptive, output_dir="none", report_to="none"))
+    method = {field.name: protection[field.name] for field in fields(ProtectionArguments)}
+    content = [method, PRESETS["paper"], shape.protection_steps, shape.attack_steps, SAMPLE_SIZES, SEEDS, DECISIVE]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -277,6 +316,10 @@ def write(results: dict[str, Any], out: Path) -> None:
         staged.write_text(json.dumps(rounded(results), indent=1, allow_nan=False) + "\n")
     (out / "table.md").write_text(table(results) + "\n")
     plot(results, out / "strength.png")
+    for name, full in results["full_suite"].items():
+        stem = f"full_{name.replace('/', '_')}"
+        (out / f"{stem}.md").write_text(attacks_table(full["attacks"]) + "\n")
+        plot_attacks(full["attacks"], out / f"{stem}.png", f"All attacks on {name}")
 
 
 def rounded(value: Any) -> Any:
@@ -302,14 +345,24 @@ def main(argv: list[str]) -> dict[str, Any]:
     """Run the benchmark and return its results."""
     arguments = parse(argv)
     work, out = Path(arguments.work_dir), Path(arguments.out)
-    results = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {"cells": {}}
+    known = out / "results.json"
+    results = json.loads(known.read_text()) if known.exists() else {"cells": {}, "full_suite": {}}
     every = [Cell(architecture, *pair) for pair in PAIRS for architecture in ARCHITECTURES]
     cells = [cell for cell in every if any(part in str(cell) for part in arguments.only or [""])]
-    models = make_models(cells, work, arguments.jobs or joblib.cpu_count())
-    for cell in cells:
-        results["cells"][str(cell)] = attack(cell, models[cell], work, arguments.jobs)
-        write(results, out)
-        print(f"\n{table(results)}\n", flush=True)
+    for part, measure in (("cells", attack), ("full_suite", attack_with_everything)):
+        for cell in cells:
+            settings = settings_of(cell)
+            if results[part].get(str(cell), {}).get("settings") == settings:
+                continue
+            if part == "full_suite" and str(cell) not in FULL_SUITE:
+                continue
+            start = perf_counter()
+            # Models of other settings are other models.
+            models = make_models(cell, work / settings, arguments.jobs or joblib.cpu_count())
+            found = measure(cell, models, work, arguments.jobs)
+            results[part][str(cell)] = {"settings": settings, "seconds": perf_counter() - start, **found}
+            write(results, out)
+            print(f"\n{table(results)}\n", flush=True)
     return results
 
 

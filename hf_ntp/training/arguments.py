@@ -121,9 +121,7 @@ class ProtectionArguments:
     )
     attacker_weight: float = field(
         default=1.0,
-        metadata={
-            "help": "Learning rate of the steps that deny attackers progress, as a share of learning_rate."
-        },
+        metadata={"help": "Learning rate of the steps that deny attackers progress, as a share of learning_rate."},
     )
     attacker_learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Rates that attackers draw from."}

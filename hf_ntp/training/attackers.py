@@ -156,8 +156,9 @@ class AttackerPool:
     """Simulated attackers of all unauthorized domains, in slots; a slot belongs to one domain.
 
     Memory: per attacker three copies of the encoder's trainable weights (offset and Adam's two moments) and, while it
-    keeps the mask, one byte per prunable weight. Cost per optimizer step: one forward and backward pass on
-    ``attacker_batch_size`` target images per attacker.
+    keeps the mask, one byte per prunable weight; for the defender another three (direction and Adam's moments). For a
+    moment, two copies of the model when an informed attacker begins. Cost per optimizer step: one pass forth and back
+    on ``attacker_batch_size`` target images per attacker.
 
     Args:
         model: The encoder under protection, unwrapped.

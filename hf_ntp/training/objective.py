@@ -2,7 +2,7 @@
 
 L = L_S + kappa * L_D  +  alpha * L_N  +  lambda * R_F  +  gamma * R_C
 
-L_D (distillation from the original model) and R_C (collapse of target tokens) are ours, the rest is published. The
+L_D (distillation from the original model, see `guard.py`) and R_C (collapse of target tokens) are ours. The
 ADMM penalty and the simulated attackers join as gradients: see `pruning.py` and `attackers.py`.
 """
 
@@ -85,18 +85,6 @@ def standardized(features: Tensor) -> Tensor:
 def collapse_term(target: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
     """Collapse of target tokens relative to source tokens, averaged over the blocks: a scalar in nats."""
     return torch.stack([relative_collapse(t, s) for t, s in zip(target, source, strict=True)]).mean()
-
-
-def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence of the predictions from the original model's (Hinton et al., 2015): a scalar in nats.
-
-    Args:
-        logits: [N, K].
-        teacher: Logits of the original model, [N, K].
-    """
-    return F.kl_div(
-        F.log_softmax(logits.float(), -1), F.log_softmax(teacher.float(), -1), reduction="batchmean", log_target=True
-    )
 
 
 def target_terms(

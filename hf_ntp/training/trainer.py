@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -45,7 +44,8 @@ from .attackers import AttackerPool
 from .callback import PruningCallback
 from .checkpoint import check_settings, load_state, load_weights_strictly, save_state
 from .config import NTPConfig
-from .objective import TargetBatch, distillation_loss, target_terms
+from .guard import SourceGuard
+from .objective import TargetBatch, target_terms
 from .paired_data import (
     ImageData,
     PairedDataset,
@@ -64,7 +64,6 @@ logger = logging.getLogger(__name__)
 
 # Trainer's upload leaves names with a leading underscore alone.
 _STAGING = "_unfinished"
-_EXCESS_MEMORY = 0.9
 
 
 def _spare_draws(args: NTPConfig, domains: int) -> int:
@@ -108,6 +107,7 @@ class NTPTrainer(Trainer):
     model: PreTrainedModel
     train_dataset: PairedDataset
     pruner: ADMMPruner
+    _guard: SourceGuard
 
     def __init__(
         self,
@@ -202,13 +202,9 @@ class NTPTrainer(Trainer):
         target_loss, terms = target_terms(targets, tokens, self.heads, self.args)
         terms["source_loss"] = source_loss.detach()
         loss = source_loss
-        if self._teacher is not None:
-            with torch.no_grad():
-                wanted = self._teacher(pixel_values=inputs["pixel_values"]).logits
-                self._note_excess(logits.detach(), wanted, inputs["labels"])
-            distillation = distillation_loss(logits, wanted)
-            terms["distillation_loss"] = distillation.detach()
-            terms["source_excess"] = self._excess
+        distillation = self._guard.compare(inputs["pixel_values"], logits, inputs["labels"])
+        if distillation is not None:
+            terms |= {"distillation_loss": distillation.detach(), "source_excess": self._guard.excess}
             loss = loss + self.args.source_distillation * distillation
         loss = loss + self._strength() * target_loss
         self._record(terms)
@@ -243,23 +239,11 @@ class NTPTrainer(Trainer):
             outputs = model(pixel_values=images, output_hidden_states=inside)
         return outputs.logits, (features[-1], *(stage_tokens(outputs.hidden_states) if inside else ()))
 
-    def _note_excess(self, logits: Tensor, teacher: Tensor, labels: Tensor) -> None:
-        """Keep a running mean of how much worse than the original the model is on source batches, over all ranks."""
-        worse = F.cross_entropy(logits.float(), labels) - F.cross_entropy(teacher.float(), labels)
-        self._excess = torch.lerp(self.accelerator.reduce(worse, reduction="mean"), self._excess, _EXCESS_MEMORY)
-
     def _strength(self) -> Tensor | float:
-        """Share of its weight that everything aimed at the target has at this step: warm-up, times the guard.
-
-        The guard falls from 1 to 0 as the source gets worse than the tolerance, and than twice as much.
-        """
+        """Share of its weight that everything aimed at the target has at this step: warm-up times guard."""
         steps = self.args.target_warmup * self.state.max_steps
         warmup = min(1.0, (self.state.global_step + 1) / steps) if steps > 1 else 1.0
-        if self._teacher is None or not self.args.source_tolerance:
-            return warmup
-        first, last = self.args.source_tolerance
-        tolerance = first * (last / first) ** (self.state.global_step / self.state.max_steps)
-        return warmup * (2 - self._excess / tolerance).clamp(0, 1)
+        return warmup * self._guard.share(self.state.global_step / self.state.max_steps)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -357,10 +341,7 @@ class NTPTrainer(Trainer):
             self.prunable, self.args.sparsity, self.args.prune_pattern, self.args.rho, self.args.l1_weight
         )
         classes = {name: int(labels.max()) + 1 for name, labels in self.target_labels.items()}
-        self._excess = torch.zeros((), device=self.args.device)
-        if self.args.source_distillation or self.args.source_tolerance:
-            self._teacher = copy.deepcopy(self.model).requires_grad_(False).eval()
-            nn.Module.to(self._teacher, self.args.device)
+        self._guard = SourceGuard(self.model, self.args, self.args.device)
         weights = scale_free_weights(self.model).values()
         self._lengths = [(weight, weight.detach().norm()) for weight in weights]
         if self.args.attackers:
@@ -440,7 +421,7 @@ class NTPTrainer(Trainer):
             if self.state.best_model_checkpoint == str(staged):
                 self.state.best_model_checkpoint = str(final)
                 self.state.save_to_json(str(staged / "trainer_state.json"))
-            save_state(staged, self.pruner, self.heads, self._pool, float(self._excess), self.settings())
+            save_state(staged, self.pruner, self.heads, self._pool, float(self._guard.excess), self.settings())
             shutil.rmtree(final, ignore_errors=True)  # the same run may write a step again after an interruption
             staged.replace(final)
             shutil.rmtree(staged.parent)
@@ -460,5 +441,5 @@ class NTPTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             excess = load_state(Path(checkpoint), self.pruner, self.heads, self._pool)
-            self._excess = torch.tensor(excess, device=self.args.device)
+            self._guard.excess = torch.tensor(excess, device=self.args.device)
             self._pruning_log["sparsity"] = torch.tensor(self.pruner.sparsity)

@@ -11,7 +11,13 @@ TARGET = DomainReference(
     "scans", "org/scans", "small", None, {"owner": "b" * 64, "attacker": "c" * 64}, ["x", "y", "z"]
 )
 BASE = {"name": "org/base", "weights": {"model.safetensors": "d" * 64}}
-SETTINGS = {"sparsity": 0.7, "fisher_weight": 2.0, "target_weight": 0.0}
+SETTINGS = {
+    "sparsity": 0.7,
+    "fisher_weight": 2.0,
+    "target_weight": 0.0,
+    "collapse_weight": 0.3,
+    "attackers": 4,
+}
 WEIGHTS = {"model.safetensors": "e" * 64}
 
 

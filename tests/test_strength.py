@@ -1,0 +1,57 @@
+"""The strength benchmark end to end on one pair, with small numbers of steps."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "strength" / "run.py"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    spec = importlib.util.spec_from_file_location("strength_run", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["strength_run"] = module
+    spec.loader.exec_module(module)
+    quick = {"protection_steps": 6, "attack_steps": 22}
+    shapes = {name: replace(shape, **quick) for name, shape in module.ARCHITECTURES.items()}
+    monkeypatch.setattr(module, "ARCHITECTURES", shapes)
+    monkeypatch.setattr(module, "PAIRS", (("optdigits", "mnist"),))
+    monkeypatch.setattr(module, "FULL_SUITE", ())
+    monkeypatch.setattr(module, "DECISIVE", ("mask_kept", "dense", "linear_probe"))
+    monkeypatch.setattr(module, "SAMPLE_SIZES", (10, 20))
+    monkeypatch.setattr(module, "SEEDS", (0, 1))
+    monkeypatch.setattr(module, "PRETRAIN_STEPS", 4)
+    return module
+
+
+def test_one_cell_from_pretraining_to_the_table(benchmark, tmp_path, monkeypatch):
+    command = ["--work_dir", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--jobs", "1", "--only", "resnet"]
+    results = benchmark.main(command)
+    (name,) = results["cells"]
+    assert name == "resnet/optdigits-mnist"
+    cell = results["cells"][name]
+    assert cell["sparsity"]["adaptive"] == pytest.approx(0.8, abs=1e-4)
+    assert set(cell["adaptive"]["starts"]) == {"protected", "unprotected"}
+    assert set(cell["paper"]["starts"]["protected"]) == {"mask_kept", "dense"}
+    assert set(cell["source_accuracy"]) == {"unprotected", "adaptive", "paper", "reference"}
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert saved["cells"].keys() == results["cells"].keys()
+    assert "resnet/optdigits-mnist" in (tmp_path / "out" / "table.md").read_text()
+    assert Image.open(tmp_path / "out" / "strength.png").size[0] > 500
+
+    monkeypatch.setattr(benchmark, "attack", None)  # a cell that is there is not run again
+    assert benchmark.main(command)["cells"] == saved["cells"]
+
+
+def test_results_of_other_settings_are_not_kept(benchmark, monkeypatch):
+    cell = benchmark.Cell("vit", "mnist", "mnistm")
+    before = benchmark.settings_of(cell)
+    assert benchmark.settings_of(cell) == before
+    monkeypatch.setattr(benchmark, "SEEDS", (0, 1, 2, 3))
+    assert benchmark.settings_of(cell) != before
