@@ -45,7 +45,8 @@ class AttackArguments:
         default_factory=lambda: ["decisive"], metadata={"help": "Names of attacks, 'decisive' or 'all'."}
     )
     controls: bool = field(
-        default=False, metadata={"help": "Attack magnitude-pruned and randomly pruned copies of --unprotected too."}
+        default=False,
+        metadata={"help": "Attack magnitude-pruned and randomly pruned (not repaired) copies of --unprotected too."},
     )
     sample_sizes: list[int] = field(
         default_factory=lambda: [10, 30, 100], metadata={"help": "Labelled target images of the learning curves."}
@@ -125,6 +126,9 @@ def main(argv: list[str]) -> dict[str, Any]:
         staged.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     (run / "table.md").write_text(table + "\n")
     plot_attacks(results, run / "attacks.png", f"{arguments.checkpoint} on {arguments.target_dataset}")
+    for start, reasons in results["not_run"].items():
+        for name, reason in reasons.items():
+            print(f"not run on {start}: {name} ({reason})")
     print(f"\n{table}\n\nSLC-AUC, normalized: mean accuracy gap to scratch. Everything is in {run}")
     return results
 

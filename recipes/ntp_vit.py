@@ -48,7 +48,7 @@ class RecipeArguments:
     preset: str = field(
         default="adaptive",
         metadata={
-            "help": "Defaults of the options: 'adaptive', 'adaptive_convnet' or 'paper' (published).",
+            "help": "Defaults of the options, see hf_ntp/training/arguments.py.",
             "choices": [*PRESETS],
         },
     )
@@ -119,9 +119,11 @@ def parse(argv: list[str]) -> tuple[RecipeArguments, NTPConfig]:
     """Read YAML defaults and command-line options; unknown keys in either are errors."""
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=RecipeArguments.config)
-    first.add_argument("--preset", default=RecipeArguments.preset)
+    first.add_argument("--preset")
     early = first.parse_known_args(argv)[0]
-    defaults = PRESETS.get(early.preset, {}) | (yaml.safe_load(Path(early.config).read_text()) or {})
+    defaults = yaml.safe_load(Path(early.config).read_text()) or {}
+    preset = early.preset or defaults.get("preset", RecipeArguments.preset)
+    defaults = PRESETS.get(preset, {}) | defaults
     # How long to train is one choice: epochs on the command line replace the file's number of steps.
     if "--num_train_epochs" in argv and "--max_steps" not in argv:
         defaults.pop("max_steps", None)

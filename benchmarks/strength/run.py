@@ -30,6 +30,7 @@ import hf_ntp
 from hf_ntp.attacks import ATTACKS, DECISIVE
 from hf_ntp.attacks.fine_tuning import predictor
 from hf_ntp.data import RandomShift
+from hf_ntp.evaluation.cache import FIT_VERSION
 from hf_ntp.evaluation.controls import prune_without_protection
 from hf_ntp.evaluation.runner import accuracy_of
 from hf_ntp.evaluation.suite import run_attacks
@@ -239,7 +240,10 @@ def settings_of(cell: Cell) -> str:
     shape = ARCHITECTURES[cell.architecture]
     protection = asdict(hf_ntp.NTPConfig.from_preset(shape.adaptive, output_dir="none", report_to="none"))
     method = {field.name: protection[field.name] for field in fields(ProtectionArguments)}
-    content = [method, PRESETS["paper"], shape.protection_steps, shape.attack_steps, SAMPLE_SIZES, SEEDS, DECISIVE]
+    protocol = asdict(hf_ntp.FineTuneProtocol(steps=shape.attack_steps))
+    data = [PRETRAIN_STEPS, OWNER_FRACTION, SAMPLE_SIZES, SEEDS, WITHOUT_TARGET]
+    attacks = [DECISIVE, PAPER_ATTACKS, FIT_VERSION, protocol]
+    content = [hf_ntp.__version__, method, PRESETS["paper"], shape.protection_steps, data, attacks]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
@@ -273,7 +277,7 @@ def table(results: dict[str, Any]) -> str:
             *(f"{protected[key]['decades']:+.3f}" if key in protected else "" for key in columns),
             percent(retained["dense"]),
             percent(worst["retained_transfer"]),
-            f"{cell['paper']['starts']['protected']['mask_kept']['decades']:+.3f}",
+            *(f"{cell['paper']['starts']['protected'][key]['decades']:+.3f}" for key in PAPER_ATTACKS),
             f"{accuracy['paper']:.3f}",
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,4 +1,4 @@
-"""Attacks: what somebody who has the checkpoint and some labelled target images may try (METHOD names in brackets).
+"""Attacks: what somebody who has the checkpoint and some labelled target images may try.
 
 Trainer-free (torch, peft, scikit-learn) and unaware of how a checkpoint was protected. A new attack is one file and
 one line below.
@@ -30,7 +30,6 @@ ATTACKS: dict[str, Attack] = {
     "stem_reinit": FineTuning(changes=("reinit_stem",)),
     "first_block_reinit": FineTuning(changes=("reinit_first_block",)),
     "last_block_reinit": FineTuning(changes=("reinit_last_block",)),
-    "statistics_reestimated": FineTuning(changes=("reestimate_statistics",)),
     # few weights
     "lora": PeftTuning("lora"),
     "dora": PeftTuning("dora"),
@@ -40,6 +39,7 @@ ATTACKS: dict[str, Attack] = {
     "whitened_probe": Probe("whitened"),
     "ridge_probe": Probe("ridge"),
     "knn": Probe("knn"),
+    "linear_probe_statistics": Probe("linear", target_statistics=True),
     # fresh weights
     "distillation": Distillation(),
     # through the authorized domain

@@ -21,8 +21,8 @@ class Distillation(Attack):
     """Fine-tune a teacher, then train a student from random weights on labels, the teacher's logits and features.
 
     The loss is cross-entropy + ``logit_weight`` * T^2 KL(teacher || student) at temperature T (Hinton, Vinyals and
-    Dean, 2015) + ``feature_weight`` * the squared distance of linearly mapped pooled features of the student to those
-    of the checkpoint *before* fine-tuning (FitNets, Romero et al., 2015), standardised.
+    Dean, 2015) + ``feature_weight`` * the squared distance of linearly mapped pooled features of the student to the
+    teacher's (FitNets, Romero et al., 2015), standardised.
 
     The student gets all of the protocol's steps, so that it differs from the scratch arm in its targets alone; the
     teacher's come on top.
@@ -47,10 +47,9 @@ class Distillation(Attack):
 
     def fit(self, model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, value: float, seed: int) -> Predict:
         """Fine-tune ``model`` and train a student of it, both at peak rate ``value``; see :class:`Attack`."""
-        features, _ = features_and_logits(model, loot.images)
         FineTuning().fit(model, loot, protocol, value, seed)
         # Nothing is augmented: the teacher's answers are the same at every step.
-        _, logits = features_and_logits(model, loot.images)
+        features, logits = features_and_logits(model, loot.images)
         student = fresh_model(model, seed)
         mapping = nn.Linear(features.shape[1], features.shape[1]).to(model.device)
         loss = self._loss(student, mapping, loot, logits, _standardised(features), protocol.batch_size, seed)

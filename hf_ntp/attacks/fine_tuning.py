@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from .changes import CHANGES
 
 # SGD with momentum needs rates about this much higher than Adam's for steps of a similar length.
 _SGD_RATE_FACTOR = 10.0
+_MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class FineTuning(Attack):
         """Fine-tune ``model`` in place at peak rate ``value``; see :class:`Attack`."""
         masks = zero_masks(model) if self.keep_mask else []
         for change in self.changes:
-            CHANGES[change](model, loot, seed)
+            CHANGES[change](model, seed)
         if not self.keep_head:
             replace_head(model, loot.num_labels, torch.Generator().manual_seed(seed))
         parameters = bias_parameters(model) if self.trained == "bias" else list(model.parameters())
@@ -146,11 +146,14 @@ def train(
         masks: Weights and the boolean masks they are held to.
     """
     steps = protocol.steps if steps is None else steps
-    common: dict[str, Any] = {"lr": learning_rate, "weight_decay": protocol.weight_decay, "fused": True}
     if optimizer == "sgd":
-        updates: torch.optim.Optimizer = torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
+        # Decay passes through momentum and the higher rate here; scaled, it shrinks weights as much as AdamW's.
+        decay = protocol.weight_decay * (1 - _MOMENTUM) / _SGD_RATE_FACTOR
+        updates: torch.optim.Optimizer = torch.optim.SGD(
+            parameters, learning_rate, _MOMENTUM, weight_decay=decay, nesterov=True, fused=True
+        )
     else:
-        updates = torch.optim.AdamW(parameters, **common)
+        updates = torch.optim.AdamW(parameters, learning_rate, weight_decay=protocol.weight_decay, fused=True)
     schedule = get_scheduler("cosine", updates, protocol.warmup_steps, steps)
     torch.manual_seed(seed)
     model.train()

@@ -9,7 +9,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import find_head, prunable_weights, replace_head
+from ..models import find_head, layers_with_weights, replace_head
 from .attack import Attack, FineTuneProtocol, Loot, Predict
 from .fine_tuning import cross_entropy_on, predictor, train
 
@@ -72,10 +72,10 @@ class PeftTuning(Attack):
 
 
 def adaptable_modules(model: PreTrainedModel) -> list[str]:
-    """Dotted names of the encoder's layers that take an adapter: those with prunable weights, by type."""
-    names = (name.removesuffix(".weight") for name in prunable_weights(model))
+    """Dotted names of the encoder's layers that take an adapter, by type; the stem is one of them, the head is not."""
+    head, _ = find_head(model)
     return [
         name
-        for name in names
-        if isinstance(module := model.get_submodule(name), _ADAPTABLE_MODULES) and getattr(module, "groups", 1) == 1
+        for name, layer in layers_with_weights(model).items()
+        if name != head and isinstance(layer, _ADAPTABLE_MODULES) and getattr(layer, "groups", 1) == 1
     ]

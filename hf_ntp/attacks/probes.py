@@ -14,13 +14,16 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
+from ..models import has_batch_norm
 from .attack import Attack, FineTuneProtocol, Loot, Predict
 from .features import features_and_logits
 
 _DECADES = tuple(10.0**power for power in range(-3, 4))
 _MAX_ITERATIONS = 1000
+_STATISTICS_BATCH = 64
 # Relative to the largest singular value: what rounding in float32 leaves of a direction that is not there.
 _ROUNDING = 1e-6
 
@@ -38,17 +41,24 @@ class Probe(Attack):
     Args:
         kind: Name of :data:`KINDS`: "linear" (logistic regression), "whitened" (logistic regression on decorrelated
             features of unit variance, which undoes bad conditioning), "ridge" or "knn".
+        target_statistics: Re-estimate BatchNorm's running statistics on the attacker's images first (AdaBN, Li et al.,
+            2016): those of the checkpoint are the source's.
 
     Raises:
         ValueError: For unknown kinds.
     """
 
     kind: str = "linear"
+    target_statistics: bool = False
 
     def __post_init__(self) -> None:
         """Check the kind."""
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}; needed: one of {', '.join(KINDS)}.")
+
+    def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
+        """Say so where statistics would have to be re-estimated that are not there."""
+        return "the encoder has no BatchNorm" if self.target_statistics and not has_batch_norm(model) else None
 
     def grid(self, protocol: FineTuneProtocol) -> tuple[float, ...]:
         """Inverse regularisation (linear, whitened), its strength (ridge) or neighbours (knn); no learning rates."""
@@ -56,6 +66,8 @@ class Probe(Attack):
 
     def fit(self, model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, value: float, seed: int) -> Predict:
         """Fit the probe with ``value`` of the grid; the model stays as it is; see :class:`Attack`."""
+        if self.target_statistics:
+            reestimate_statistics(model, loot.images)
         features = _features(model, loot.images)
         probe = KINDS[self.kind].build(value, features).fit(features, loot.labels.numpy())
 
@@ -63,6 +75,21 @@ class Probe(Attack):
             return torch.from_numpy(probe.predict(_features(model, images))).long()
 
         return predict
+
+
+@torch.no_grad()
+def reestimate_statistics(model: PreTrainedModel, images: Tensor) -> None:
+    """Replace BatchNorm's running statistics by those of images [N, 3, H, W], in place."""
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+    model.train()
+    for batch in images.split(_STATISTICS_BATCH):
+        model(pixel_values=batch.to(model.device))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
 
 
 def _features(model: PreTrainedModel, images: Tensor) -> np.ndarray:

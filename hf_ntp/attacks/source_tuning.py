@@ -1,6 +1,6 @@
 """Source-then-target: loosen what protection has done with a little data of the authorized domain, then fine-tune.
 
-The budget of all attacks here is that of the others: a third of the steps on the source, the rest on the target.
+The target stage has the whole budget of the other attacks; a third as many steps on the source come first.
 """
 
 from __future__ import annotations
@@ -135,6 +135,5 @@ def part_of(protocol: FineTuneProtocol, share: float) -> FineTuneProtocol:
 
 
 def target_stage(model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, rate: float, seed: int) -> Predict:
-    """Fine-tune on the target with the rest of the budget, from the model's own head where it fits."""
-    fine_tuning = FineTuning(keep_head=model.config.num_labels == loot.num_labels)
-    return fine_tuning.fit(model, loot, part_of(protocol, 1 - _SOURCE_SHARE), rate, seed)
+    """Fine-tune on the target, from the model's own head where it fits."""
+    return FineTuning(keep_head=model.config.num_labels == loot.num_labels).fit(model, loot, protocol, rate, seed)

@@ -11,7 +11,7 @@ from typing import Any
 from ..run_folder import file_digest, whole_file
 
 # Raise it when a change to an attack or to its loop changes results.
-FIT_VERSION = 2
+FIT_VERSION = 3
 
 
 def content_key(content: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ def run_attacks(
     """Run attacks on several starting points and summarise them; JSON-ready.
 
     Every curve is compared with scratch training of the same architecture under the same protocol, on the same images
-    (METHOD: SLC-AUC), and with the unprotected model under the same attack (retained transfer).
+    (SLC-AUC), and with the unprotected model under the same attack (retained transfer).
 
     Args:
         starts: Checkpoints by name: "protected", "unprotected" where there is one, and any controls. All must have one
@@ -53,7 +53,9 @@ def run_attacks(
         "sample_sizes", "seeds", "protocol", "scratch" (curve by number of steps), "starts" (start to attack to
         "accuracies" [seeds][sizes], "tuned" [sizes] and areas in three units with intervals), "retained_transfer"
         (start to attack to share, null where the unprotected model gave nothing), "worst_case" (start to "attack",
-        "slc_auc" and "retained_transfer") and "not_run" (start to attack to reason).
+        the one with the largest area, its "slc_auc", and "retained_transfer": that area over the largest one of the
+        unprotected model, an attacker who tries everything on both) and "not_run" (start to attack to reason). Where
+        a tuned value is the first or last of its grid, "at_edge" of the attack counts the sizes.
 
     Raises:
         ValueError: For unknown attacks or starts that miss "protected".
@@ -75,6 +77,10 @@ def run_attacks(
         if name not in not_run[start]
     ]
     baselines = {baseline_of(arm.attack) for arm in arms}
+    if not set(attacks) - not_run["protected"].keys():
+        raise ValueError(
+            f"none of the attacks can run on {starts['protected']}: {not_run['protected']}. Choose others."
+        )
     arms += [
         Arm(f"scratch/{b.longer}", starts["protected"], random_init=True, attack=b)
         for b in sorted(baselines, key=lambda b: b.longer)
@@ -111,7 +117,14 @@ def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTunePr
             continue
         reference = curves.accuracies[f"scratch/{baseline_of(arm.attack).longer}"]
         pair = LearningCurves(curves.sample_sizes, curves.seeds, {"scratch": reference, "it": accuracies}, {}, 0)
-        starts.setdefault(start, {})[name] = {"accuracies": accuracies, "tuned": tuned, **summarize(pair)["it"]}
+        grid = arm.attack.grid(protocol)
+        edge = sum(value in (min(grid), max(grid)) for value in tuned) if len(grid) > 2 else 0
+        starts.setdefault(start, {})[name] = {
+            "accuracies": accuracies,
+            "tuned": tuned,
+            "at_edge": edge,
+            **summarize(pair)["it"],
+        }
     areas = {start: {name: entry["normalized"] for name, entry in found.items()} for start, found in starts.items()}
     unprotected = areas.get("unprotected", {})
     best = max(unprotected.values(), default=float("nan"))

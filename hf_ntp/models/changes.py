@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .encoder import blocks_of, noted_prunable_weights
+from .encoder import blocks_of, layers_with_weights, noted_prunable_weights
 
 # Half of the old weights and half of fresh ones (Ash & Adams, 2020, "shrink and perturb").
 _KEPT_SHARE = 0.5
@@ -53,11 +53,12 @@ def reset_norms(model: PreTrainedModel, seed: int) -> dict[str, float]:
 @torch.no_grad()
 def renormalize(model: PreTrainedModel, seed: int) -> dict[str, float]:
     """Scale every linear and convolutional weight to the norm that a fresh one has: undoes rescaling tricks."""
-    fresh = dict(fresh_model(model, seed).named_parameters())
+    fresh = fresh_model(model, seed)
     left = {}
-    for name, weight in noted_prunable_weights(model).items():
-        left[name] = float(fresh[name].norm() / weight.norm().clamp_min(1e-12))
-        weight.mul_(left[name])
+    for name in layers_with_weights(model):
+        weight, length = model.get_parameter(f"{name}.weight"), fresh.get_parameter(f"{name}.weight").norm()
+        left[f"{name}.weight"] = float(length / weight.norm().clamp_min(1e-12))
+        weight.mul_(left[f"{name}.weight"])
     return left
 
 
@@ -71,19 +72,18 @@ def shrink_and_perturb(model: PreTrainedModel, seed: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def regrow(model: PreTrainedModel, masks: Mapping[str, torch.Tensor], seed: int) -> dict[str, float]:
+def regrow(model: PreTrainedModel, masks: Mapping[str, torch.Tensor], seed: int) -> None:
     """Give every weight that a boolean mask (by name) leaves out the value that a fresh one has."""
     fresh = dict(fresh_model(model, seed).named_parameters())
     for name, mask in masks.items():
         weight = model.get_parameter(name)
         weight.copy_(torch.where(mask, weight, fresh[name]))
-    return {}
 
 
 def regrow_zeros(model: PreTrainedModel, seed: int) -> dict[str, float]:
     """Give every pruned weight the value that a fresh one has."""
-    masks = {name: weight != 0 for name, weight in noted_prunable_weights(model).items()}
-    return regrow(model, masks, seed)
+    regrow(model, {name: weight != 0 for name, weight in noted_prunable_weights(model).items()}, seed)
+    return {}
 
 
 def reinit_stem(model: PreTrainedModel, seed: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-_PRUNABLE_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_WEIGHT_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def find_head(model: PreTrainedModel, head_name: str | None = None) -> tuple[str, nn.Linear]:
@@ -71,9 +71,11 @@ def replace_head(
     """
     name, old = find_head(model)
     num_labels = labels if isinstance(labels, int) else len(labels)
-    head = nn.Linear(old.in_features, num_labels, device=old.weight.device, dtype=old.weight.dtype)
+    # Drawn on the CPU, where the generator is: a seed gives the same head on every device.
+    head = nn.Linear(old.in_features, num_labels, dtype=old.weight.dtype)
     nn.init.normal_(head.weight, std=getattr(model.config, "initializer_range", 0.02), generator=generator)
     nn.init.zeros_(head.bias)
+    head.to(old.weight.device)
     model.set_submodule(name, head)
     model.config.num_labels = num_labels
     setattr(model, "num_labels", num_labels)  # noqa: B010 (models keep a copy that nn.Module does not declare)
@@ -118,7 +120,7 @@ def prunable_weights(
     default = {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if isinstance(module, _PRUNABLE_MODULES) and "embed" not in name and name != head
+        if isinstance(module, _WEIGHT_MODULES) and "embed" not in name and name != head
     }
     chosen = {
         name: parameter
@@ -133,6 +135,11 @@ def prunable_weights(
             "needed: trainable linear or convolutional layers in the encoder. Loosen prune_exclude or unfreeze layers."
         )
     return chosen
+
+
+def layers_with_weights(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear and convolutional layer by dotted name, stem and head included, whatever the checkpoint notes."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _WEIGHT_MODULES)}
 
 
 def noted_prunable_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -155,7 +162,7 @@ def blocks_of(model: PreTrainedModel) -> list[str]:
     if not lists:
         raise ValueError(
             f"{type(model).__name__} has no nn.ModuleList with two or more blocks; needed: an encoder made of blocks. "
-            "Leave out the attacks that re-initialise blocks."
+            "Leave out the attacks that re-initialise blocks (in training: attacker_informed=0)."
         )
     _, size, name = min(lists)  # the outermost list, the longest of several
     return [f"{name}.{i}" for i in range(-size)]

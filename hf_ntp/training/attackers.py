@@ -10,8 +10,8 @@ SOPHON, Deng et al. 2024, and TAR, Tamirisa et al. 2024: simulate the attack, th
 The defender's direction g has an Adam of its own: with a shared one its noise would drown the steps of the source.
 
 Lifetimes are staggered, so that young and old attackers act side by side and a long horizon costs no unrolling. An
-attacker who begins with part of the encoder re-initialised or shrunk is at c W + offset, c < 1 there; the defender's
-gradient has the factor c.
+attacker who begins with part of the encoder re-initialised, shrunk or rescaled is at c W + offset there; the
+defender's gradient has the factor c.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..models import changes, frozen_batch_norm_statistics, recorded_features
+from ..models import blocks_of, changes, frozen_batch_norm_statistics, recorded_features
 from .arguments import ProtectionArguments
 
 _BETAS = (0.9, 0.999)
 _MOMENTUM = 0.9
 # What SGD with momentum needs to move as fast as Adam does at a rate.
-_SGD_RATE_FACTOR = 30.0
+_SGD_RATE_FACTOR = 10.0
 _HEAD_STD = 0.02
 
 _ZEROS = "zeros"
@@ -82,14 +82,15 @@ class Plan(NamedTuple):
         if life == 0:  # staggered: the first ones die early, one after the other
             lifetime = max(shortest, lifetime * (slot + 1) // options.attackers)
         informed = rng.random() < options.attacker_informed
+        shares = np.array(list(_SHARES.values()))
+        start = str(rng.choice(list(_SHARES), p=shares / shares.sum())) if informed else "plain"
         return cls(
             rate=float(rng.choice(options.attacker_learning_rates)),
             sgd=bool(rng.random() < options.attacker_sgd),
             lifetime=lifetime,
-            start=str(rng.choice(list(_SHARES), p=np.array(list(_SHARES.values())) / sum(_SHARES.values())))
-            if informed
-            else "plain",
-            keeps_mask=bool(rng.random() < options.attacker_keeps_mask),
+            start=start,
+            # Who regrows zeros keeps no mask.
+            keeps_mask=bool(rng.random() < options.attacker_keeps_mask) and start != _ZEROS,
             seed=int(rng.integers(2**31)),
         )
 
@@ -104,7 +105,8 @@ class AttackerStep(NamedTuple):
 class _Attacker:
     """One simulated attacker: offsets from the encoder's weights, a head, and the optimizer's moments.
 
-    ``kept`` says by which factor it still follows a weight of the encoder, by name; 1 where it is silent.
+    ``kept`` says by which factor it still follows a weight of the encoder, by name; 1 where it is silent. ``masks``
+    are pruning masks that it keeps, ``followed`` those of the weights it follows where it has regrown the rest.
     """
 
     def __init__(self, plan: Plan, weights: Mapping[str, Tensor], num_classes: int, width: int) -> None:
@@ -117,6 +119,7 @@ class _Attacker:
         self.offsets = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self.head = {"weight": head.to(device), "bias": torch.zeros(num_classes, device=device)}
         self.masks: dict[str, Tensor] = {}
+        self.followed: dict[str, Tensor] = {}
         self.moments = [[torch.zeros_like(tensor) for tensor in self.trained()] for _ in range(1 if plan.sgd else 2)]
 
     def trained(self) -> list[Tensor]:
@@ -147,9 +150,16 @@ class _Attacker:
         state = {f"offset.{name}": tensor for name, tensor in self.offsets.items()}
         state |= {f"head.{name}": tensor for name, tensor in self.head.items()}
         state |= {f"mask.{name}": tensor for name, tensor in self.masks.items()}
+        state |= {f"followed.{name}": tensor for name, tensor in self.followed.items()}
         for i, moments in enumerate(self.moments):
             state |= {f"moment.{i}.{j}": tensor for j, tensor in enumerate(moments)}
         return state
+
+
+def _entropy(labels: np.ndarray) -> float:
+    _, counts = np.unique(labels, return_counts=True)
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
 
 
 class AttackerPool:
@@ -164,7 +174,7 @@ class AttackerPool:
         model: The encoder under protection, unwrapped.
         head_name: Dotted name of its head: the attackers bring their own.
         head: That head.
-        num_classes: Classes of every unauthorized domain, by name.
+        labels: Labels [N] of every unauthorized domain, by name.
         options: Options that begin with ``attacker``.
         seed: Seed of all plans; the same on every rank.
     """
@@ -174,18 +184,27 @@ class AttackerPool:
         model: PreTrainedModel,
         head_name: str,
         head: nn.Linear,
-        num_classes: Mapping[str, int],
+        labels: Mapping[str, np.ndarray],
         options: ProtectionArguments,
         seed: int,
     ) -> None:
+        if options.attackers < len(labels):
+            raise ValueError(
+                f"attackers is {options.attackers} for {len(labels)} unauthorized domains; needed: at least one for "
+                f"each. Set attackers={len(labels)} or more, or 0."
+            )
         self.model, self.head, self.options, self.seed = model, head, options, seed
-        self.num_classes = dict(num_classes)
+        self.num_classes = {name: int(values.max()) + 1 for name, values in labels.items()}
+        # Cross-entropy of somebody who knows how frequent the classes are and nothing else, in nats.
+        self.chance = {name: _entropy(values) for name, values in labels.items()}
         self.weights = {
             name: parameter
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and not name.startswith(f"{head_name}.")
         }
-        # Made on the spot for its update alone; the learning rate comes with every step.
+        if options.attacker_informed:
+            blocks_of(model)  # before training rather than when the first attacker re-initialises one
+        # The learning rate comes with every step.
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=torch.tensor(0.0), fused=True)
         self.push = [torch.zeros_like(weight) for weight in self.weights.values()]
         self.lives = [0] * options.attackers
@@ -221,7 +240,7 @@ class AttackerPool:
             loss, gradients = self._gradients(attacker, images, labels, autocast())
             if attacker.age >= self.options.attacker_patience:  # a newborn one only fits its head
                 # A factor instead of a branch: no wait for the device.
-                denied = loss < float(np.log(self.num_classes[self.domain(slot)])) - _MARGIN
+                denied = loss < self.chance[self.domain(slot)] - _MARGIN
                 self._deny(attacker, gradients, denied)
             attacker.advance(gradients)
             steps.append(AttackerStep(loss, attacker.age >= attacker.plan.lifetime))
@@ -251,27 +270,24 @@ class AttackerPool:
             attacker.masks = {name: mask.clone() for name, mask in masks().items()}
         if plan.start != "plain":
             changed = copy.deepcopy(self.model)
-            with torch.random.fork_rng():  # re-initialisation draws from the global generator
+            devices = [self.head.weight.device] if self.head.weight.is_cuda else []
+            with torch.random.fork_rng(devices):  # re-initialisation draws from the global generator
                 for change in _INFORMED[plan.start]:
                     for name, share in change(changed, plan.seed).items():
                         attacker.kept[name] = share * attacker.kept.get(name, 1.0)
                 if plan.start == _ZEROS:
-                    changes.regrow(changed, masks(), plan.seed)
-            for name, weight in self.weights.items():
-                attacker.offsets[name].copy_(changed.get_parameter(name) - attacker.kept.get(name, 1.0) * weight)
+                    attacker.followed = {name: mask.clone() for name, mask in masks().items()}
+                    changes.regrow(changed, attacker.followed, plan.seed)
+            starts = self._following(attacker)
+            for (name, offset), start in zip(attacker.offsets.items(), starts, strict=True):
+                offset.copy_(changed.get_parameter(name) - start)
         return attacker
 
     def _gradients(
         self, attacker: _Attacker, images: Tensor, labels: Tensor, autocast: AbstractContextManager[Any]
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the attacker's cross-entropy at its own weights, and the gradients of those and of its head."""
-        with torch.no_grad():
-            factors = [attacker.kept.get(name, 1.0) for name in self.weights]
-            moved = torch._foreach_mul(list(self.weights.values()), factors)
-            torch._foreach_add_(moved, list(attacker.offsets.values()))
-            values = dict(zip(self.weights, moved, strict=True))
-            for name, mask in attacker.masks.items():
-                values[name].mul_(mask)
+        values = self._values(attacker)
         leaves = [value.requires_grad_() for value in values.values()]
         head = {name: tensor.detach().requires_grad_() for name, tensor in attacker.head.items()}
         with frozen_batch_norm_statistics(self.model), recorded_features(self.head) as features, autocast:
@@ -285,6 +301,26 @@ class AttackerPool:
                 gradient.mul_(attacker.masks[name])
         return self._averaged(loss.detach(), gradients)
 
+    @torch.no_grad()
+    def _values(self, attacker: _Attacker) -> dict[str, Tensor]:
+        """Weights at which the attacker is, by name."""
+        moved = self._following(attacker)
+        torch._foreach_add_(moved, list(attacker.offsets.values()))
+        values = dict(zip(self.weights, moved, strict=True))
+        for name, mask in attacker.masks.items():
+            values[name].mul_(mask)
+        return values
+
+    @torch.no_grad()
+    def _following(self, attacker: _Attacker) -> list[Tensor]:
+        """Part of the present weights that the attacker follows: c W."""
+        factors = [attacker.kept.get(name, 1.0) for name in self.weights]
+        parts = list(torch._foreach_mul(list(self.weights.values()), factors))
+        for name, part in zip(self.weights, parts, strict=True):
+            if name in attacker.followed:
+                part.mul_(attacker.followed[name])
+        return parts
+
     @staticmethod
     def _averaged(loss: Tensor, gradients: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Average over ranks, in one message."""
@@ -296,7 +332,10 @@ class AttackerPool:
     def _deny(self, attacker: _Attacker, gradients: Sequence[Tensor], denied: Tensor) -> None:
         """Add the direction of W in which the attacker's loss rises, at length 1 (written as steps that descend)."""
         factors = [attacker.kept.get(name, 1.0) for name in self.weights]
-        felt = torch._foreach_mul(list(gradients[: len(factors)]), factors)
+        felt = list(torch._foreach_mul(list(gradients[: len(factors)]), factors))
+        for name, gradient in zip(self.weights, felt, strict=True):
+            if name in attacker.followed:
+                gradient.mul_(attacker.followed[name])
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(felt)))
         torch._foreach_sub_(self.push, torch._foreach_mul(felt, denied / norm.clamp_min(1e-6)))
 
@@ -340,9 +379,10 @@ class AttackerPool:
             prefix = f"{slot}."
             saved = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             device = next(iter(self.weights.values())).device
-            attacker.masks = {
-                name.removeprefix("mask."): t.to(device) for name, t in saved.items() if name.startswith("mask.")
-            }
+            attacker.masks, attacker.followed = (
+                {name.removeprefix(kind): t.to(device) for name, t in saved.items() if name.startswith(kind)}
+                for kind in ("mask.", "followed.")
+            )
             for name, tensor in attacker.tensors().items():
                 tensor.copy_(saved[name])
             self.attackers[slot] = attacker

@@ -104,24 +104,22 @@ def target_terms(
     Returns:
         The weighted sum to minimise and the single terms for the log (detached scalars).
     """
-    total = torch.zeros(())
     log: dict[str, Tensor] = {}
+    sums: list[Tensor] = []
     for name, batch in batches.items():
+        suffix = f"_{name}" if len(batches) > 1 else ""
         head = heads[name]
-        head.refit(batch.features, batch.labels, options.target_head_steps)
-        loss, attacker = non_transferable_loss(head(batch.features), batch.labels, options)
-        fisher = fisher_term(batch, head.linear.out_features, options)
-        weighted = options.target_weight * loss + options.fisher_weight * fisher
+        if options.target_weight:
+            head.refit(batch.features, batch.labels, options.target_head_steps)
+            loss, attacker = non_transferable_loss(head(batch.features), batch.labels, options)
+            log |= {f"target_loss{suffix}": attacker, f"non_transferable_loss{suffix}": loss.detach()}
+            sums.append(options.target_weight * loss)
+        if options.fisher_weight:
+            fisher = fisher_term(batch, head.linear.out_features, options)
+            log[f"fisher_loss{suffix}"] = fisher.detach()
+            sums.append(options.fisher_weight * fisher)
         if options.collapse_weight:
             collapse = collapse_term(batch.tokens, source_tokens)
-            weighted = weighted + options.collapse_weight * collapse
-        total = total.to(weighted.device) + weighted / len(batches)
-        suffix = f"_{name}" if len(batches) > 1 else ""
-        log |= {
-            f"target_loss{suffix}": attacker,
-            f"non_transferable_loss{suffix}": loss.detach(),
-            f"fisher_loss{suffix}": fisher.detach(),
-        }
-        if options.collapse_weight:
             log[f"collapse_loss{suffix}"] = collapse.detach()
-    return total, log
+            sums.append(options.collapse_weight * collapse)
+    return torch.stack(sums).sum() / len(batches), log

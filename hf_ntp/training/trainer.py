@@ -72,6 +72,14 @@ def _spare_draws(args: NTPConfig, domains: int) -> int:
     return math.ceil(images / args.per_device_train_batch_size)
 
 
+def _digest(model: nn.Module) -> str:
+    """SHA-256 (hex) of all weights of a model."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of images whose highest logit is the label: the default metric of :class:`NTPTrainer`."""
     return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
@@ -107,7 +115,6 @@ class NTPTrainer(Trainer):
     model: PreTrainedModel
     train_dataset: PairedDataset
     pruner: ADMMPruner
-    _guard: SourceGuard
 
     def __init__(
         self,
@@ -172,7 +179,10 @@ class NTPTrainer(Trainer):
         self._head_name, self._head = head_name, head
         self._pool: AttackerPool | None = None
         self._teacher: nn.Module | None = None
-        self._lengths: list[tuple[Tensor, Tensor]] = []
+        # All three are of the model before protection, also where training resumes.
+        self._guard = SourceGuard(self.model, args, args.device)
+        self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
+        self._original_weights = _digest(self.model)
         self._excess = torch.zeros(())
         self._attacked: dict[str, tuple[Tensor, Tensor]] = {}
         self._attacker_losses: dict[str, list[Tensor]] = {}
@@ -199,14 +209,16 @@ class NTPTrainer(Trainer):
             self._attacked = {n: (t["pixel_values"], t["labels"]) for n, t in inputs["attacked"].items()}
         logits, tokens, targets = self._forward(model, inputs)
         source_loss = F.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
-        target_loss, terms = target_terms(targets, tokens, self.heads, self.args)
-        terms["source_loss"] = source_loss.detach()
+        terms = {"source_loss": source_loss.detach()}
         loss = source_loss
         distillation = self._guard.compare(inputs["pixel_values"], logits, inputs["labels"])
         if distillation is not None:
             terms |= {"distillation_loss": distillation.detach(), "source_excess": self._guard.excess}
             loss = loss + self.args.source_distillation * distillation
-        loss = loss + self._strength() * target_loss
+        if targets:
+            target_loss, of_targets = target_terms(targets, tokens, self.heads, self.args)
+            terms |= of_targets
+            loss = loss + self._strength() * target_loss
         self._record(terms)
         return (loss, {"logits": logits}) if return_outputs else loss
 
@@ -214,7 +226,9 @@ class NTPTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, TargetBatch]]:
         """Return source logits, source tokens and the target part: one pass, or one per domain with BatchNorm."""
-        source, targets = inputs["pixel_values"], inputs["targets"]
+        # Without a term that looks at them, target images are the attackers' alone.
+        weights = (self.args.target_weight, self.args.fisher_weight, self.args.collapse_weight)
+        source, targets = inputs["pixel_values"], inputs["targets"] if any(weights) else {}
         labels = {name: target["labels"] for name, target in targets.items()}
         if self._batch_norm:
             logits, (_, *tokens) = self._encode(model, source)
@@ -234,7 +248,8 @@ class NTPTrainer(Trainer):
 
     def _encode(self, model: nn.Module, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return logits, and pooled features followed by the tokens of every block where a term looks at them."""
-        inside = self.args.fisher_level == "stages" or self.args.collapse_weight > 0
+        stages = self.args.fisher_weight > 0 and self.args.fisher_level == "stages"
+        inside = stages or self.args.collapse_weight > 0
         with recorded_features(self._head) as features:
             outputs = model(pixel_values=images, output_hidden_states=inside)
         return outputs.logits, (features[-1], *(stage_tokens(outputs.hidden_states) if inside else ()))
@@ -340,12 +355,10 @@ class NTPTrainer(Trainer):
         self.pruner = ADMMPruner(
             self.prunable, self.args.sparsity, self.args.prune_pattern, self.args.rho, self.args.l1_weight
         )
-        classes = {name: int(labels.max()) + 1 for name, labels in self.target_labels.items()}
-        self._guard = SourceGuard(self.model, self.args, self.args.device)
-        weights = scale_free_weights(self.model).values()
-        self._lengths = [(weight, weight.detach().norm()) for weight in weights]
-        if self.args.attackers:
-            self._pool = AttackerPool(self.model, self._head_name, self._head, classes, self.args, self.args.seed)
+        if self.args.attackers and self.args.attacker_weight:
+            self._pool = AttackerPool(
+                self.model, self._head_name, self._head, self.target_labels, self.args, self.args.seed
+            )
         self._pruning_log, self._terms, self._term_count = {"sparsity": torch.zeros(())}, {}, 0
         self._attacker_losses = {}
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -390,6 +403,7 @@ class NTPTrainer(Trainer):
             **self.args.fingerprint(),
             "world_size": self.args.world_size,
             "data": prints,
+            "original_weights": self._original_weights,
             "architecture": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
             "source_transform": None if self.train_dataset.source_transform is None else "yes",
         }

@@ -32,8 +32,8 @@ def test_only_adapters_and_the_head_move(model, kind):
 
 
 def test_the_number_of_trained_weights():
-    """Of a ViT with two blocks: four 16x16 matrices and an MLP 16-24-16 each, and 16 x 3 + 3 in the head."""
-    shapes = 2 * [(16, 16), (16, 16), (16, 16), (16, 16), (16, 24), (24, 16)]
+    """Of a ViT: patches of 48 values to 16, two blocks of four 16x16 matrices and an MLP 16-24-16; head 16 x 3 + 3."""
+    shapes = [(48, 16)] + 2 * [(16, 16), (16, 16), (16, 16), (16, 16), (16, 24), (24, 16)]
     expected = {
         "lora": sum(4 * (rows + columns) for rows, columns in shapes),
         "dora": sum(4 * (rows + columns) + columns for rows, columns in shapes),

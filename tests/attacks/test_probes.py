@@ -3,11 +3,13 @@ import pytest
 import torch
 
 from hf_ntp.attacks.features import features_and_logits
-from hf_ntp.attacks.probes import KINDS, Probe
+from hf_ntp.attacks.probes import KINDS, Probe, reestimate_statistics
 from hf_ntp.models import find_head
 
-from ..conftest import Rows, tiny_vit
+from ..conftest import Rows, tiny_resnet, tiny_vit
 from .conftest import QUICK, changed, loot_of, state_of
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def blobs(seed, size=90, dim=6, classes=3):
@@ -128,3 +130,22 @@ def test_classes_without_an_image():
 def test_unknown_kinds():
     with pytest.raises(ValueError, match="needed: one of linear, whitened, ridge, knn"):
         Probe("quadratic")
+
+
+def test_statistics_are_those_of_the_target():
+    model, images = tiny_resnet(), Rows(size=96).images
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    reestimate_statistics(model, images)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if name.endswith(STATISTICS)}
+    stem = model.resnet.embedder.embedder
+    outputs = stem.convolution(images).detach()
+    # Two batches, of 64 and of 32 images, count the same.
+    expected = (outputs[:64].mean((0, 2, 3)) + outputs[64:].mean((0, 2, 3))) / 2
+    assert torch.allclose(stem.normalization.running_mean, expected, atol=1e-5)
+    assert stem.normalization.momentum == 0.1
+
+
+def test_without_batch_norm_there_are_no_statistics():
+    assert Probe(target_statistics=True).unsuitable(tiny_vit(), 3) == "the encoder has no BatchNorm"
+    assert Probe(target_statistics=True).unsuitable(tiny_resnet(), 3) is None

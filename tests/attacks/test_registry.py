@@ -36,6 +36,8 @@ def run(checkpoint, attack, seed=0):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_contract(name, checkpoint):
     attack, file = ATTACKS[name], checkpoint / "model.safetensors"
+    if attack.unsuitable(AutoModelForImageClassification.from_pretrained(checkpoint), 3):
+        pytest.skip("makes no sense for this model")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     predicted, weights = run(checkpoint, attack)
     assert predicted.dtype == torch.int64
@@ -67,7 +69,7 @@ def test_other_numbers_of_classes(name):
     attack, model = ATTACKS[name], pruned(tiny_vit(num_labels=3))
     reason = attack.unsuitable(model, 4)
     if reason is not None:
-        assert "3 classes" in reason
+        assert "3 classes" in reason or "no BatchNorm" in reason
         return
     predict = attack.fit(model, loot_of(8, classes=4), QUICK, attack.grid(QUICK)[0], 0)
     assert predict(Rows(8, 4).images).max() < 4

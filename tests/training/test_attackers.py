@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -17,7 +18,7 @@ ONE = {"attackers": 1, "attacker_informed": 0.0, "attacker_keeps_mask": 0.0, "at
 
 def pool_of(model, seed=0, **options):
     name, head = find_head(model)
-    return AttackerPool(model, name, head, {"target": 3}, ProtectionArguments(**options), seed)
+    return AttackerPool(model, name, head, {"target": np.arange(9) % 3}, ProtectionArguments(**options), seed)
 
 
 def batch(size=12, seed=0):
@@ -91,7 +92,7 @@ def test_an_attacker_learns_and_leaves_the_model_alone(make, sgd):
     model = make()
     pool = pool_of(model, attacker_learning_rates=[3e-3], attacker_horizon=[200, 200], attacker_sgd=sgd, **ONE)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    losses = [float(pool.step(batch(), no_masks)[0].loss) for _ in range(60)]
+    losses = [float(pool.step(batch(), no_masks)[0].loss) for _ in range(120)]
     assert losses[-1] < 0.5 * losses[0]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
@@ -108,7 +109,7 @@ def test_attackers_die_and_are_replaced():
 def test_attackers_share_the_batch_out():
     model = tiny_vit()
     name, head = find_head(model)
-    pool = AttackerPool(model, name, head, {"a": 3, "b": 3}, ProtectionArguments(attackers=5), 0)
+    pool = AttackerPool(model, name, head, {"a": np.arange(3), "b": np.arange(3)}, ProtectionArguments(attackers=5), 0)
     images, labels = batch(size=12)["target"]
     for slots in ((0, 2, 4), (1, 3)):  # of the first domain and of the second
         slices = [pool._slice(slot, images, labels) for slot in slots]
@@ -181,6 +182,31 @@ def test_regrown_zeros_are_fresh_and_the_rest_stays(monkeypatch):
         offset = pool.attackers[0].offsets[name]
         assert offset[mask].abs().max() < 1e-6
         assert offset[~mask].abs().mean() > 1e-3
+    before = {name: tensor.clone() for name, tensor in pool._values(pool.attackers[0]).items()}
+    with torch.no_grad():
+        for weight in pool.weights.values():
+            weight.add_(1.0)
+    for name, mask in masks.items():  # it follows the encoder only where it has not regrown
+        moved = pool._values(pool.attackers[0])[name] - before[name]
+        assert torch.allclose(moved, mask.float(), atol=1e-5)
+        pool.step(batch(), lambda: masks)
+        assert bool((pushes(pool)[name][~mask] == 0).all())
+
+
+def test_chance_is_the_entropy_of_the_labels():
+    model = tiny_vit()
+    name, head = find_head(model)
+    labels = np.array([0, 0, 0, 2])
+    pool = AttackerPool(model, name, head, {"target": labels}, ProtectionArguments(), 0)
+    assert pool.chance["target"] == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert pool.num_classes["target"] == 3
+
+
+def test_every_domain_needs_an_attacker():
+    model = tiny_vit()
+    name, head = find_head(model)
+    with pytest.raises(ValueError, match="attackers is 1 for 2 unauthorized domains"):
+        AttackerPool(model, name, head, {"a": np.arange(3), "b": np.arange(3)}, ProtectionArguments(attackers=1), 0)
 
 
 def test_state_round_trip_continues_exactly():
@@ -206,7 +232,7 @@ def test_state_round_trip_continues_exactly():
 def test_slots_belong_to_domains_in_turn():
     model = tiny_vit()
     name, head = find_head(model)
-    pool = AttackerPool(model, name, head, {"a": 3, "b": 5}, ProtectionArguments(attackers=4), 0)
+    pool = AttackerPool(model, name, head, {"a": np.arange(3), "b": np.arange(5)}, ProtectionArguments(attackers=4), 0)
     assert [pool.domain(slot) for slot in range(4)] == ["a", "b", "a", "b"]
     data = Rows(size=10, classes=5)
     for _ in range(4):

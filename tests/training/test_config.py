@@ -36,6 +36,7 @@ from hf_ntp import NTPConfig
         ("attacker_weight", -1.0, "attacker_weight is -1.0"),
         ("attacker_batch_size", 0, "attacker_batch_size is 0"),
         ("attacker_horizon", [50, 10], r"attacker_horizon is \[50, 10\]"),
+        ("attacker_horizon", [1, 2], "attackers who live longer"),
         ("attacker_horizon", [50], "shortest and longest"),
         ("attacker_learning_rates", [], "at least one positive rate"),
         ("attacker_informed", 1.5, "attacker_informed is 1.5"),
@@ -71,5 +72,12 @@ def test_presets(tmp_path):
     assert NTPConfig.from_preset("adaptive", **options).fingerprint() == NTPConfig(**options).fingerprint()
     paper = NTPConfig.from_preset("paper", sparsity=0.9, **options)
     assert (paper.attackers, paper.target_loss, paper.fisher, paper.sparsity) == (0, "ascent", "trace_ratio", 0.9)
-    with pytest.raises(ValueError, match="needed: one of 'adaptive', 'adaptive_convnet', 'paper'"):
+    published = NTPConfig.from_preset("published", **options)
+    assert (published.rho, published.target_weight, published.fisher_weight, published.l1_weight) == (
+        5e-3,
+        1,
+        1e3,
+        1e-4,
+    )
+    with pytest.raises(ValueError, match="needed: one of 'adaptive', 'adaptive_convnet', 'paper', 'published'"):
         NTPConfig.from_preset("strong", **options)
