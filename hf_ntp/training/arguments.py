@@ -61,8 +61,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Options by name of the preset.
 
 "adaptive" (the defaults, found on a small ViT) and "adaptive_convnet" (found on a small ResNet) train against
-simulated attackers. "paper" has NTP's published terms alone, with weights that leave the source alive; "published" has the
-published weights too, which destroyed it on our small models.
+simulated attackers. "paper" has NTP's published terms alone, with weights that leave the source alive; "published"
+has the published weights too, which destroyed it on our small models.
 """
 
 
