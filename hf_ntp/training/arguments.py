@@ -27,7 +27,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rho": 0.1,
         "target_warmup": 0.05,
         "attacker_batch_size": 32,
-        "attacker_weight": 1.0,
         "attacker_learning_rates": [1e-3, 3e-3, 1e-2],
         "attacker_horizon": [10, 150],
         "source_tolerance": [0.15, 0.03],
@@ -139,7 +138,7 @@ class ProtectionArguments:
         metadata={"help": "Target images of one attacker's step, at least; its own, beside those of the objective."},
     )
     attacker_weight: float = field(
-        default=0.3,
+        default=1.0,
         metadata={"help": "Learning rate of the steps that deny attackers progress, as a share of learning_rate."},
     )
     attacker_learning_rates: list[float] = field(
@@ -170,7 +169,7 @@ class ProtectionArguments:
         },
     )
     source_tolerance: list[float] = field(
-        default_factory=lambda: [0.4, 0.03],
+        default_factory=lambda: [0.4, 0.02],
         metadata={
             "help": "How much worse than the original the model may get on source batches, in nats, at the first and "
             "at the last step: beyond it everything aimed at the target gets weaker, and stops at twice as much. "
