@@ -301,7 +301,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     picture = axes.imshow(shares, cmap="RdYlBu_r", vmin=-1, vmax=1, aspect="auto")
     for (i, j), share in np.ndenumerate(shares):
-        axes.text(j, i, "n/a" if np.isnan(share) else f"{100 * share:.0f} %", ha="center", va="center", fontsize=8)
+        text, color = (
+            ("n/a", "black") if np.isnan(share) else (percent(share), "white" if abs(share) > 0.6 else "black")
+        )
+        axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(DECISIVE)), [name.replace("_", " ") for name in DECISIVE], rotation=20, fontsize=8)
     axes.set_yticks(range(len(cells)), cells, fontsize=8)
     axes.set_title(
