@@ -253,13 +253,16 @@ def test_epochs_on_the_command_line_replace_the_files_steps(recipe, tmp_path):
 
 
 def test_help_is_quick():
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, timeout=60)
-    seconds = time.perf_counter() - start
+    """Best of three: other processes may be at work on the machine."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, timeout=60)
+        seconds.append(time.perf_counter() - start)
     assert done.returncode == 0
     assert "--target_dataset" in done.stdout
     assert "--sparsity" in done.stdout
-    assert seconds < 3 * (2 if "PYTEST_XDIST_WORKER" in __import__("os").environ else 1)
+    assert min(seconds) < 3
 
 
 def attack(run, out, *options):
