@@ -60,8 +60,8 @@ class FineTuning(Attack):
 
     def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
         """Say so where a mask or a head would have to be kept that is not there."""
-        pruned = any(bool((weight == 0).any()) for weight in noted_prunable_weights(model).values())
-        if (self.keep_mask or "regrow_zeros" in self.changes) and not pruned:
+        needs_zeros = self.keep_mask or "regrow_zeros" in self.changes
+        if needs_zeros and all(bool(mask.all()) for _, mask in zero_masks(model)):
             return "the checkpoint has no zeros"
         if self.keep_head and model.config.num_labels != num_labels:
             return f"the head has {model.config.num_labels} classes, the target {num_labels}"

@@ -10,10 +10,9 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..attacks import ATTACKS, Attack, FineTuneProtocol, FineTuning
-from ..functional import retained_transfer
 from .arms import Arm
 from .runner import AttackData, LearningCurves, load_start, sample_wise_learning_curves
-from .summary import finite, summarize
+from .summary import retained_share, summarize
 
 _REFERENCE = "dense"
 
@@ -135,7 +134,7 @@ def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTunePr
         "retained_transfer": {
             start: {
                 # Where an attack does not apply to the unprotected model (it has no mask), plain fine-tuning does.
-                name: _share(area, unprotected.get(name, unprotected.get(_REFERENCE, float("nan"))))
+                name: retained_share(area, unprotected.get(name, unprotected.get(_REFERENCE, float("nan"))))
                 for name, area in found.items()
             }
             for start, found in areas.items()
@@ -145,15 +144,11 @@ def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTunePr
             start: {
                 "attack": name,
                 "slc_auc": areas[start][name],
-                "retained_transfer": _share(areas[start][name], best),
+                "retained_transfer": retained_share(areas[start][name], best),
             }
             for start, name in worst.items()
         },
     }
-
-
-def _share(area: float, unprotected: float) -> float | None:
-    return finite(retained_transfer(area, unprotected))
 
 
 def check_same_architecture(starts: Mapping[str, str]) -> None:

@@ -38,7 +38,12 @@ def summarize(curves: LearningCurves, level: float = 0.95) -> dict[str, dict[str
 
 def retained(summary: dict[str, dict[str, Any]], arm: str) -> float | None:
     """Retained transfer of an arm (share of the unprotected SLC-AUC), or None where there was nothing to retain."""
-    return finite(retained_transfer(summary[arm]["normalized"], summary["unprotected"]["normalized"]))
+    return retained_share(summary[arm]["normalized"], summary["unprotected"]["normalized"])
+
+
+def retained_share(area: float, unprotected: float) -> float | None:
+    """Area of a protected model as a share of the unprotected one's, or None where there was nothing to retain."""
+    return finite(retained_transfer(area, unprotected))
 
 
 def finite(value: float) -> float | None:

@@ -117,11 +117,7 @@ def prunable_weights(
         ValueError: If nothing is left to prune.
     """
     head, _ = find_head(model, head_name)
-    default = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, _WEIGHT_MODULES) and "embed" not in name and name != head
-    }
+    default = {f"{name}.weight" for name in layers_with_weights(model) if "embed" not in name and name != head}
     chosen = {
         name: parameter
         for name, parameter in model.named_parameters()
