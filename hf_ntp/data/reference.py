@@ -60,4 +60,4 @@ class DomainReference:
 
     def for_record(self) -> dict[str, Any]:
         """Return the entry of the authorization record."""
-        return {key: value for key, value in asdict(self).items() if key != "name"}
+        return asdict(self)

@@ -41,6 +41,8 @@ class SparsityReport:
     prunable_weights: int
     live: float
     live_fraction: float
+    layers: dict[str, dict[str, int]]
+    """"weights" and "zeros" of every prunable parameter, by name."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,9 @@ def measure_sparsity(model: PreTrainedModel, source: PixelDataset, requested: fl
         prunable_weights=sum(weight.numel() for weight in weights.values()),
         live=live.sparsity,
         live_fraction=live.fraction,
+        layers={
+            name: {"weights": weight.numel(), "zeros": int((weight == 0).sum())} for name, weight in weights.items()
+        },
     )
 
 

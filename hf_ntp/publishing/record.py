@@ -13,8 +13,9 @@ from jsonschema import Draft202012Validator
 from ..run_folder import file_digest, whole_file
 
 RECORD_FILE = "authorization.json"
-SCHEMA_VERSION = 1
-# A record is a page of text; anything larger is not one.
+SIGNATURE_FILE = "model.sig"
+SCHEMA_VERSION = 2
+# A record is a few pages of text; anything larger is not one.
 _MAX_BYTES = 4 << 20
 
 
@@ -48,27 +49,29 @@ def validate_record(record: Any) -> None:
 
 
 def write_record(folder: str | Path, record: Mapping[str, Any]) -> None:
-    """Validate a record and write it into a model folder.
+    """Write a record into a model folder, as its last file: it holds the digests of all others.
+
+    Args:
+        folder: Folder of a protected model, complete but for record and signature.
+        record: As the schema says; "files" is filled in here.
 
     Raises:
         RecordError: If it does not fit the schema.
     """
-    record = json.loads(json.dumps(record, allow_nan=False))
+    record = json.loads(json.dumps({**record, "files": file_digests(folder)}, allow_nan=False))
     validate_record(record)
     with whole_file(Path(folder) / RECORD_FILE) as staged:
         staged.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_record(folder: str | Path, check_weights: bool = True) -> dict[str, Any]:
-    """Read and validate the record of a model folder.
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Read the record of a model folder and check it against the schema.
 
-    Args:
-        folder: Local folder of a protected model.
-        check_weights: Also compare the digests of the weight files.
+    Whether the files are those it speaks of is what :func:`~hf_ntp.verify_folder` checks.
 
     Raises:
         FileNotFoundError: If there is no record.
-        RecordError: If it is not valid, or the weights are not those it speaks of.
+        RecordError: If it is not valid.
     """
     path = Path(folder) / RECORD_FILE
     if not path.is_file():
@@ -83,24 +86,19 @@ def read_record(folder: str | Path, check_weights: bool = True) -> dict[str, Any
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path} is not valid JSON ({error}); needed: the file as hf_ntp wrote it.") from error
     validate_record(record)
-    if check_weights:
-        _check_weights(Path(folder), record["weights"])
     return record
 
 
-def weight_digests(folder: str | Path) -> dict[str, str]:
-    """SHA-256 of every weight file of a model folder, by file name."""
-    return {path.name: file_digest(path) for path in sorted(Path(folder).glob("*.safetensors"))}
-
-
-def _check_weights(folder: Path, expected: Mapping[str, str]) -> None:
-    found = weight_digests(folder)
-    differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    if differing:
-        raise RecordError(
-            f"the weights in {folder} are not those of its authorization record (changed, missing or added: "
-            f"{', '.join(differing)}). Download the model again; after changing it on purpose, measure it anew."
-        )
+def file_digests(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of every file of a model folder but record and signature, by path in the folder."""
+    folder = Path(folder)
+    paths = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return {
+        name: file_digest(path)
+        for name, path in zip(names, paths, strict=True)
+        if name not in (RECORD_FILE, SIGNATURE_FILE)
+    }
 
 
 def _refuse_constant(word: str) -> NoReturn:
