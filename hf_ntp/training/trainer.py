@@ -424,7 +424,10 @@ class NTPTrainer(Trainer):
         """Write a checkpoint under another name and rename it: a folder called checkpoint-N is always whole."""
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            shutil.rmtree(Path(self._get_output_dir(trial)) / _STAGING, ignore_errors=True)
+            staging = Path(self._get_output_dir(trial)) / _STAGING
+            shutil.rmtree(staging, ignore_errors=True)
+            # Every rank writes into it; if each made it where it is missing, one could come between.
+            (staging / name).mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         with self._staged():
             super()._save_checkpoint(model, trial)
