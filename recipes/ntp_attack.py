@@ -1,4 +1,4 @@
-"""Attack a protected checkpoint, ours or anybody's, and say what each attack gets out of it.
+r"""Attack a protected checkpoint, ours or anybody's, and say what each attack gets out of it.
 
     python recipes/ntp_attack.py --checkpoint runs/ntp_vit/protected --unprotected runs/ntp_vit/unprotected \
         --target_dataset optdigits --source_dataset mnist --output_dir runs/attacks

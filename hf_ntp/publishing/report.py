@@ -151,20 +151,43 @@ def write_report(
     write_record(folder, record)
 
 
-def add_attacks(folder: str | Path, attacks: Mapping[str, Any], repo_id: str = "path/to/this/folder") -> None:
-    """Add the result of an attack suite to the folder of a protected model: record, card and figure.
+def refresh_report(
+    folder: str | Path, attacks: str | Path | None = None, repo_id: str = "path/to/this/folder"
+) -> None:
+    """Write card, figures and record of a folder anew, optionally with the result of an attack suite.
 
     Args:
-        folder: As :func:`write_report` left it. A signature that is there is no longer valid and is removed.
-        attacks: Content of the ``results.json`` of ``recipes/ntp_attack.py``.
+        folder: As :func:`write_report` left it, or edited since. A signature is no longer valid and is removed.
+        attacks: ``results.json`` of ``recipes/ntp_attack.py`` on this very model.
         repo_id: What the card tells users to pass to ``from_pretrained``.
 
     Raises:
-        ValueError: If the suite was run on other weights, or on a domain that the record does not name.
+        ValueError: If the suite was run on other weights, or on a domain that the record does not name, or the
+            weights are not those that were measured.
     """
     folder = Path(folder)
     record = read_record(folder)
-    if attacks.get("weights") != weight_digests(folder):
+    weights = weight_digests(folder)
+    if any(record["files"].get(name) != digest for name, digest in weights.items()):
+        raise ValueError(
+            f"the weights in {folder} are not those that its record speaks of; needed: the measured ones. Restore "
+            "them, or measure the new ones: run recipes/ntp_vit.py."
+        )
+    results = _read_json(folder / RESULTS_FILE)
+    found = _read_json(folder / ATTACKS_FILE if attacks is None else Path(attacks), missing_ok=attacks is None)
+    evidence = [] if results is None else [standard_measurement(results)]
+    if found is not None:
+        evidence.append(_checked(found, weights, record, folder))
+    record = {**record, "evidence": evidence, "not_tested": not_tested(evidence)}
+    (folder / SIGNATURE_FILE).unlink(missing_ok=True)
+    write_report(folder, record, results, found, repo_id)
+
+
+def _checked(
+    attacks: Mapping[str, Any], weights: Mapping[str, str], record: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Return the measurement of an attack suite that belongs to the folder."""
+    if attacks.get("weights") != weights:
         raise ValueError(
             f"the attacks were run on {attacks.get('checkpoint')}, whose weights are not those of {folder}; needed: "
             "the result of the attacks on this very model. Run recipes/ntp_attack.py with --checkpoint on it."
@@ -175,12 +198,13 @@ def add_attacks(folder: str | Path, attacks: Mapping[str, Any], repo_id: str = "
             f"the attacks were run on the domain {attacks['target']}; needed: one that the record calls unauthorized "
             f"({', '.join(domains)})."
         )
-    results = read_results(folder) if (folder / RESULTS_FILE).exists() else None
-    evidence = [] if results is None else [standard_measurement(results)]
-    evidence.append(suite_measurement(attacks, domains[attacks["target"]]))
-    record = {**record, "evidence": evidence, "not_tested": not_tested(evidence)}
-    (folder / SIGNATURE_FILE).unlink(missing_ok=True)
-    write_report(folder, record, results, attacks, repo_id)
+    return suite_measurement(attacks, domains[attacks["target"]])
+
+
+def _read_json(path: Path, missing_ok: bool = True) -> dict[str, Any] | None:
+    if missing_ok and not path.exists():
+        return None
+    return json.loads(path.read_text())
 
 
 def weight_digests(folder: str | Path) -> dict[str, str]:

@@ -11,10 +11,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
@@ -391,6 +393,54 @@ class NTPTrainer(Trainer):
             self._attacker_losses = {}
             self._terms, self._term_count = {}, 0
         super().log(logs, start_time)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **about: Any,
+    ) -> CommitInfo | None:
+        """Publish the protected model: private unless ``hub_private_repo`` says otherwise, all files in one commit.
+
+        Record and card say that nothing was measured. To publish evidence too, measure the saved model, write the
+        folder with `recipes/ntp_vit.py` or :mod:`hf_ntp.publishing.report`, and use :func:`hf_ntp.push_folder`.
+
+        Args:
+            commit_message: First line of the commit.
+            blocking: Has to be True: a record without its weights would be worth nothing.
+            token: Default: ``hub_token``, or the one of `hf auth login`.
+            revision: Branch; default ``hub_revision``, or the main one.
+            about: "source", "targets", "license" and "terms", as
+                :func:`hf_ntp.publishing.from_trainer.write_folder` takes them.
+
+        Returns:
+            The commit; None on all processes but the first.
+
+        Raises:
+            ValueError: If the model is not protected yet, or ``blocking`` is False.
+            HubError: If the Hub cannot be reached or refuses.
+        """
+        # Training knows nothing of publishing but in this method, which Trainer's interface puts here.
+        from ..publishing.from_trainer import write_folder
+        from ..publishing.hub import push_folder
+
+        if not blocking:
+            raise ValueError("found blocking=False; needed: True. Call it in a thread of your own if need be.")
+        if not self.is_world_process_zero():
+            return None
+        repo_id = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        with TemporaryDirectory() as folder:
+            write_folder(self, folder, repo_id, **about)
+            return push_folder(
+                folder,
+                repo_id,
+                private=self.args.hub_private_repo is not False,
+                token=token or self.args.hub_token,
+                branch=revision or self.args.hub_revision,
+                commit_message=commit_message,
+            )
 
     # Checkpoints
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from hf_ntp import read_record
 from hf_ntp.publishing.card import render_card
-from hf_ntp.publishing.report import add_attacks, build_record, results_table, weight_digests, write_report
+from hf_ntp.publishing.report import build_record, refresh_report, results_table, weight_digests, write_report
 
 from .conftest import BASE, SETTINGS, SOURCE, SPARSITY, TARGET, make_record, make_results
 
@@ -108,10 +108,22 @@ def test_evidence_by_hand(record):
     assert "dense," not in record["not_tested"][0]
 
 
-def test_attacks_are_added_to_record_card_and_figures(folder, attacks):
+@pytest.fixture
+def written(tmp_path_factory):
+    """Write attacks to a file."""
+
+    def write(attacks):
+        path = tmp_path_factory.mktemp("attacks") / "results.json"
+        path.write_text(json.dumps(attacks))
+        return path
+
+    return write
+
+
+def test_attacks_are_added_to_record_card_and_figures(folder, attacks, written):
     attacks["weights"] = weight_digests(folder)
     (folder / "model.sig").write_text("signed")
-    add_attacks(folder, attacks, "org/photos-only")
+    refresh_report(folder, written(attacks), "org/photos-only")
     record = read_record(folder)
     assert [set(part["attacks"]) for part in record["evidence"]] == [{"mask_kept", "dense"}, {"dense", "lora"}]
     assert record["evidence"][1]["attacks"]["lora"]["unprotected"] is None
@@ -121,17 +133,20 @@ def test_attacks_are_added_to_record_card_and_figures(folder, attacks):
     assert "![Attacks on scans](attacks.png)" in card
     assert {"attacks.json", "attacks.png"} <= set(record["files"])
     assert not (folder / "model.sig").exists(), "it was made for other files"
-    add_attacks(folder, attacks)
-    assert len(read_record(folder)["evidence"]) == 2
+    refresh_report(folder)
+    assert read_record(folder) == record | {"files": read_record(folder)["files"]}
+    (folder / "model.safetensors").write_bytes(b"Weights")
+    with pytest.raises(ValueError, match="not those that its record speaks of"):
+        refresh_report(folder)
 
 
-def test_attacks_on_another_model_or_domain_are_refused(folder, attacks):
+def test_attacks_on_another_model_or_domain_are_refused(folder, attacks, written):
     attacks["weights"] = {"model.safetensors": "a" * 64}
     with pytest.raises(ValueError, match="weights are not those of"):
-        add_attacks(folder, attacks)
+        refresh_report(folder, written(attacks))
     attacks |= {"weights": weight_digests(folder), "target": "mnist"}
     with pytest.raises(ValueError, match=r"domain mnist; needed: .*org/scans"):
-        add_attacks(folder, attacks)
+        refresh_report(folder, written(attacks))
 
 
 if __name__ == "__main__":
