@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .evaluation.runner import AttackData, LearningCurves, sample_wise_learning_curves
     from .evaluation.summary import summarize
     from .publishing.record import read_record
+    from .publishing.signing import sign_folder
+    from .publishing.verify import verify_folder
     from .training.config import NTPConfig
     from .training.trainer import NTPTrainer
 
@@ -45,9 +47,11 @@ _HOMES = {
     "nested_subsets": "data",
     "read_record": "publishing.record",
     "sample_wise_learning_curves": "evaluation.runner",
+    "sign_folder": "publishing.signing",
     "split_owner_attacker": "data",
     "standard_arms": "evaluation.arms",
     "summarize": "evaluation.summary",
+    "verify_folder": "publishing.verify",
 }
 
 __all__ = [
@@ -68,9 +72,11 @@ __all__ = [
     "nested_subsets",
     "read_record",
     "sample_wise_learning_curves",
+    "sign_folder",
     "split_owner_attacker",
     "standard_arms",
     "summarize",
+    "verify_folder",
 ]
 
 
