@@ -81,9 +81,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     import hf_ntp
     from hf_ntp.attacks import ATTACKS, DECISIVE
     from hf_ntp.data import check_target
+    from hf_ntp.evaluation.cache import local_folder
     from hf_ntp.evaluation.controls import prune_without_protection
     from hf_ntp.evaluation.suite import run_attacks
-    from hf_ntp.evaluation.cache import local_folder
     from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
     from hf_ntp.publishing.report import weight_digests
     from hf_ntp.run_folder import claim_run_folder, whole_file

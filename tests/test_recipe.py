@@ -60,7 +60,7 @@ def test_result_folder(finished):
     run, printed = finished
     folder = run / "protected"
     assert {path.name for path in folder.iterdir()} == {
-        ".gitattributes", "README.md", "authorization.json", "config.json", "model.safetensors",
+        "README.md", "authorization.json", "config.json", "model.safetensors",
         "preprocessor_config.json", "results.json", "slc.png",
     }  # fmt: skip
     assert "SLC-AUC" in printed

@@ -24,8 +24,6 @@ RESULTS_FILE = "results.json"
 
 ATTACKS_FILE = "attacks.json"
 CURVES_FIGURE, ATTACKS_FIGURE = "slc.png", "attacks.png"
-# The Hub adds its own where there is none, and the folder would no longer be what was measured and signed.
-_GIT_ATTRIBUTES = "*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.png filter=lfs diff=lfs merge=lfs -text\n"
 _ENVIRONMENT = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "scikit-learn")
 
 
@@ -147,7 +145,6 @@ def write_report(
     figures = [name for name in (CURVES_FIGURE, ATTACKS_FIGURE) if (folder / name).exists()]
     with whole_file(folder / "README.md") as staged:
         staged.write_text(str(render_card(record, repo_id, figures)), encoding="utf-8")
-    (folder / ".gitattributes").write_text(_GIT_ATTRIBUTES)
     write_record(folder, record)
 
 

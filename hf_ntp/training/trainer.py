@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
@@ -396,13 +395,14 @@ class NTPTrainer(Trainer):
 
     def push_to_hub(
         self,
-        commit_message: str = "End of training",
+        commit_message: str | None = "End of training",
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
+        private: bool | None = None,
         **about: Any,
-    ) -> CommitInfo | None:
-        """Publish the protected model: private unless ``hub_private_repo`` says otherwise, all files in one commit.
+    ) -> Any:
+        """Publish the protected model, all files in one commit.
 
         Record and card say that nothing was measured. To publish evidence too, measure the saved model, write the
         folder with `recipes/ntp_vit.py` or :mod:`hf_ntp.publishing.report`, and use :func:`hf_ntp.push_folder`.
@@ -412,11 +412,12 @@ class NTPTrainer(Trainer):
             blocking: Has to be True: a record without its weights would be worth nothing.
             token: Default: ``hub_token``, or the one of `hf auth login`.
             revision: Branch; default ``hub_revision``, or the main one.
+            private: Default ``hub_private_repo``, which is True unless set.
             about: "source", "targets", "license" and "terms", as
                 :func:`hf_ntp.publishing.from_trainer.write_folder` takes them.
 
         Returns:
-            The commit; None on all processes but the first.
+            The commit (``huggingface_hub.CommitInfo``); None on all processes but the first.
 
         Raises:
             ValueError: If the model is not protected yet, or ``blocking`` is False.
@@ -436,10 +437,10 @@ class NTPTrainer(Trainer):
             return push_folder(
                 folder,
                 repo_id,
-                private=self.args.hub_private_repo is not False,
+                private=private if private is not None else self.args.hub_private_repo is not False,
                 token=token or self.args.hub_token,
                 branch=revision or self.args.hub_revision,
-                commit_message=commit_message,
+                commit_message=commit_message or "End of training",
             )
 
     # Checkpoints

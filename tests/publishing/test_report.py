@@ -87,7 +87,7 @@ def folder(results, record, tmp_path):
 def test_the_folder(results, folder):
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        ".gitattributes", "README.md", "authorization.json", "model.safetensors", "results.json", "slc.png",
+        "README.md", "authorization.json", "model.safetensors", "results.json", "slc.png",
     }  # fmt: skip
     assert json.loads((folder / "results.json").read_text()) == results
     record = read_record(folder)
