@@ -98,7 +98,7 @@ def render_card(
         figures=figures,
         authorized=_names(record["authorized_domains"]),
         unauthorized=_names(record["unauthorized_domains"]),
-        measure=_MEASURES.get((record["source_accuracy"] or {}).get("measure")),
+        measure=_MEASURES[record["source_accuracy"]["measure"]] if record["source_accuracy"] else "",
         disjoint=_disjoint(record),
         by_area=lambda attacks: sorted(attacks.items(), key=lambda item: -item[1]["protected"]["normalized"]),
         label=attack_label,

@@ -46,7 +46,7 @@ def write_folder(
     model.save_pretrained(folder)
     if trainer.processing_class is not None:
         trainer.processing_class.save_pretrained(folder)
-    classes = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    classes = [str(label) for label in (model.config.id2label or {}).values()]
     named = {name: [str(i) for i in range(int(labels.max()) + 1)] for name, labels in trainer.target_labels.items()}
     name, revision = getattr(model.config, "_name_or_path", ""), getattr(model.config, "_commit_hash", None)
     record = build_record(
