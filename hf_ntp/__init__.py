@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING
+
+from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from .attacks import ATTACKS, Attack, FineTuneProtocol
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from .evaluation.measure import Measurement, measure_protection
     from .evaluation.runner import AttackData, LearningCurves, sample_wise_learning_curves
     from .evaluation.summary import summarize
+    from .models.lora_merge import merge_lora
+    from .models.sparse_storage import compress_folder, expand_folder
     from .publishing.record import read_record
     from .publishing.signing import sign_folder
     from .publishing.verify import verify_folder
@@ -42,8 +47,11 @@ _HOMES = {
     "NTPConfig": "training.config",
     "NTPTrainer": "training.trainer",
     "PixelDataset": "data",
+    "compress_folder": "models.sparse_storage",
+    "expand_folder": "models.sparse_storage",
     "load_domain": "data",
     "measure_protection": "evaluation.measure",
+    "merge_lora": "models.lora_merge",
     "nested_subsets": "data",
     "read_record": "publishing.record",
     "sample_wise_learning_curves": "evaluation.runner",
@@ -67,8 +75,11 @@ __all__ = [
     "NTPConfig",
     "NTPTrainer",
     "PixelDataset",
+    "compress_folder",
+    "expand_folder",
     "load_domain",
     "measure_protection",
+    "merge_lora",
     "nested_subsets",
     "read_record",
     "sample_wise_learning_curves",
@@ -88,3 +99,12 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _register_storage(transformers_loader: ModuleType) -> None:
+    import_module(f"{__name__}.models.sparse_storage")
+
+
+# So that from_pretrained loads compressed models, whichever library is imported first. Not on the module of the
+# quantizers: modeling_utils imports that one, and what we import needs modeling_utils complete.
+register_post_import_hook(_register_storage, "transformers.modeling_utils")
