@@ -65,6 +65,17 @@ def _report(options: Namespace) -> dict[str, Any]:
     return {"folder": options.folder, "files": sorted(_read(options.folder)["files"])}
 
 
+def _compress_options(parser: ArgumentParser) -> None:
+    _folder(parser)
+    parser.add_argument("out", help="folder to make")
+
+
+def _compress(options: Namespace) -> dict[str, Any]:
+    from .publishing.report import compress_report
+
+    return {"folder": str(compress_report(options.folder, options.out))}
+
+
 def _sign_options(parser: ArgumentParser) -> None:
     _folder(parser)
     parser.add_argument("--private_key", required=True, help="elliptic-curve key, PEM")
@@ -165,6 +176,12 @@ COMMANDS = {
         _report,
         lambda found: f"wrote the report of {found['folder']}: {', '.join(found['files'])}",
         _report_options,
+    ),
+    "compress": Command(
+        "Copy a folder with the weights stored without their zeros; loads only where hf_ntp is imported.",
+        _compress,
+        lambda found: f"wrote {found['folder']}; sign it anew",
+        _compress_options,
     ),
     "sign": Command(
         "Sign a folder with an elliptic-curve key.",

@@ -112,7 +112,9 @@ def measure_protection(
     )
 
 
-def measure_sparsity(model: PreTrainedModel, source: PixelDataset | Dataset, requested: float | None = None) -> SparsityReport:
+def measure_sparsity(
+    model: PreTrainedModel, source: PixelDataset | Dataset, requested: float | None = None
+) -> SparsityReport:
     """Count zeros over prunable and over live weights of a protected model."""
     notes: dict[str, Any] = getattr(model.config, "ntp", None) or {}
     weights = noted_prunable_weights(model)

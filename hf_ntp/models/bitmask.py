@@ -51,11 +51,6 @@ def pack_nonzeros(tensor: Tensor) -> PackedTensor:
     return PackedTensor(mask, _as_integers(flat)[present].view(flat.dtype))
 
 
-def positive_zeros(tensor: Tensor) -> Tensor:
-    """Return a copy with 0.0 for every -0.0, and all other bits as they are."""
-    return torch.where(tensor == 0, torch.zeros_like(tensor), tensor)
-
-
 def unpack_nonzeros(packed: PackedTensor, shape: Sequence[int]) -> Tensor:
     """Put the tensor together again, bit for bit.
 

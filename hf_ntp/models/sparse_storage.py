@@ -31,7 +31,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..run_folder import whole_folder
-from .bitmask import positive_zeros, read_bitmask_file, write_bitmask_file
+from .bitmask import read_bitmask_file, write_bitmask_file
 
 SPARSE_FILE = "ntp_bitmask.safetensors"
 """Name of the file with the weights; neither a default name nor a default name with a variant."""
@@ -41,17 +41,16 @@ _FORMAT_VERSION = 1
 _OTHER_WEIGHTS = ("pytorch_model*", "model.*.safetensors*", "tf_model*", "flax_model*", "adapter_*")
 
 
-def compress_folder(folder: str | Path, out: str | Path, *, unsign_zeros: bool = False) -> Path:
+def compress_folder(folder: str | Path, out: str | Path) -> Path:
     """Write a copy of a saved model that stores its weights without their zeros, bit for bit.
 
     With 95 % zeros in float32 the weights take about 8 % of their size. All other files are copied as they are; a
-    signature over the old folder does not fit the new one. The weights are held in memory once.
+    record or signature over the old folder does not fit the new one (``hf-ntp compress`` writes the record anew). The
+    weights are held in memory once. -0.0 is a number like any other and costs its full width.
 
     Args:
         folder: What ``save_pretrained`` wrote; one safetensors file or several.
         out: Folder to make. Its weights are one file, however many there were.
-        unsign_zeros: Store -0.0 as 0.0: same numbers, other bits. Otherwise -0.0 is stored like any other number and
-            costs its full width. ``weight * mask``, and so hf_ntp's pruning, gives it for every negative weight.
 
     Returns:
         ``out`` as a path.
@@ -74,8 +73,6 @@ def compress_folder(folder: str | Path, out: str | Path, *, unsign_zeros: bool =
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         tensors |= load_file(shard)
-    if unsign_zeros:
-        tensors = {name: positive_zeros(tensor) if _is_common(tensor) else tensor for name, tensor in tensors.items()}
     config["quantization_config"] = BitmaskConfig().to_dict()
     with whole_folder(out) as staged:
         _copy_others(folder, staged, {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *(shard.name for shard in shards)})
@@ -240,11 +237,6 @@ def _copy_others(folder: Path, out: Path, leave: Collection[str]) -> None:
         return {name for name in names if name in leave} if Path(parent) == folder else set()
 
     shutil.copytree(folder, out, ignore=left, dirs_exist_ok=True)
-
-
-def _is_common(tensor: Tensor) -> bool:
-    """Whether the type is a usual one; float8 can do little arithmetic, and some of its kinds have no -0.0."""
-    return tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _write_dense(tensors: dict[str, Tensor], folder: Path) -> Path:

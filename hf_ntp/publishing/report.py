@@ -13,12 +13,14 @@ from typing import Any
 from ..data import DomainReference
 from ..evaluation.measure import Measurement, SparsityReport
 from ..evaluation.summary import retained, summarize
+from ..models.sparse_storage import compress_folder
 from ..run_folder import file_digest, whole_file
 from .attack_report import plot_attacks
 from .card import ARM_LABELS, render_card
 from .evidence import not_tested, standard_measurement, suite_measurement
 from .figure import plot_learning_curves
 from .record import SCHEMA_VERSION, SIGNATURE_FILE, read_record, write_record
+from .verify import verify_folder
 
 RESULTS_FILE = "results.json"
 
@@ -178,6 +180,29 @@ def refresh_report(
     record = {**record, "evidence": evidence, "not_tested": not_tested(evidence)}
     (folder / SIGNATURE_FILE).unlink(missing_ok=True)
     write_report(folder, record, results, found, repo_id)
+
+
+def compress_report(folder: str | Path, out: str | Path) -> Path:
+    """Copy the folder of a protected model with the weights stored without their zeros, and a record that fits.
+
+    Sign it anew. See :func:`hf_ntp.compress_folder` for what loads it.
+
+    Args:
+        folder: As :func:`write_report` left it.
+        out: Folder to make.
+
+    Returns:
+        ``out`` as a path.
+
+    Raises:
+        RecordError: If the files are not those that the record speaks of.
+        ValueError: If the folder cannot be compressed.
+    """
+    record = verify_folder(folder).record
+    out = compress_folder(folder, out)
+    (out / SIGNATURE_FILE).unlink(missing_ok=True)
+    write_record(out, record)
+    return out
 
 
 def _checked(

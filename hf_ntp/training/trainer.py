@@ -323,6 +323,9 @@ class NTPTrainer(Trainer):
                 self.args.sparsity,
             )
             self._finish_pruning()
+        with torch.no_grad():
+            # A mask makes -0.0 of negative weights: the same number, but no zero bits to leave out where it is stored.
+            torch._foreach_add_(list(self.prunable.values()), 0.0)
         if not all(bool(torch.isfinite(weight).all()) for weight in self.prunable.values()):
             raise FloatingPointError(
                 "the weights are not finite at the end of training; needed: a stable run. Lower learning_rate or "

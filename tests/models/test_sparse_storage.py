@@ -241,19 +241,14 @@ def test_size_bar(tmp_path):
     assert os.path.getsize(sparse / SPARSE_FILE) <= 0.12 * os.path.getsize(dense / "model.safetensors")
 
 
-def test_zeros_with_a_sign(tmp_path):
+def test_zeros_with_a_sign_keep_it(tmp_path):
     model = pruned(vit(), share=0)
     finite(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(torch.rand(parameter.shape) >= 0.95)  # -0.0 for about half of them
-    dense, sparse = stored(model, tmp_path)
-    small = compress_folder(dense, tmp_path / "small", unsign_zeros=True)
-    assert os.path.getsize(small / SPARSE_FILE) < 0.4 * os.path.getsize(sparse / SPARSE_FILE)
+    _, sparse = stored(model, tmp_path)
     assert same_states(AutoModelForImageClassification.from_pretrained(sparse), model)
-    loaded = AutoModelForImageClassification.from_pretrained(small).state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
-    assert not any(bool((torch.signbit(tensor) & (tensor == 0)).any()) for tensor in loaded.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto", "bfloat16"])

@@ -58,6 +58,7 @@ def test_end_to_end(tmp_path):
     weights = list(ours.prunable.values())
     assert zero_fraction(weights) == pytest.approx(0.6, abs=0.5 / sum(w.numel() for w in weights))
     assert ours.model.config.ntp["sparsity"] == zero_fraction(weights)
+    assert not any(bool(torch.signbit(w[w == 0]).any()) for w in weights), "-0.0 cannot be left out where it is stored"
     others = [p for name, p in ours.model.named_parameters() if name not in ours.prunable]
     assert zero_fraction(others) < 0.05
     logged = [row for row in ours.state.log_history if "loss" in row]
