@@ -119,25 +119,25 @@ def pretrain(architecture: str, source: str, folder: Path) -> None:
     save(model, folder)
 
 
-def protect(cell: Cell, base: Path, folder: Path, preset: str, options: dict[str, Any]) -> None:
-    """Protect the model, or train it on with the same budget and no target terms."""
+def protect(cell: Cell, base: Path, folder: Path, preset: str, options: dict[str, Any]) -> list[dict[str, float]]:
+    """Protect the model, or train it on with the same budget and no target terms; return the training log."""
     shape = ARCHITECTURES[cell.architecture]
     source, target = load(cell.source, shape.image_size), load(cell.target, shape.image_size)
     model = AutoModelForImageClassification.from_pretrained(base)
-    settings = hf_ntp.NTPConfig.from_preset(
-        preset,
-        output_dir=str(folder.parent / "trainer"),
-        max_steps=shape.protection_steps,
-        lr_scheduler_type="cosine",
-        warmup_steps=50,
-        save_strategy="no",
-        logging_steps=500,
-        report_to="none",
-        disable_tqdm=True,
-        **options,
-    )
-    hf_ntp.NTPTrainer(model, settings, source.train, target.owner, source_transform=RandomShift(1)).train()
+    schedule = {
+        "max_steps": shape.protection_steps,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 50,
+        "save_strategy": "no",
+        "logging_steps": 500,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    settings = hf_ntp.NTPConfig.from_preset(preset, output_dir=str(folder.parent / "trainer"), **schedule | options)
+    trainer = hf_ntp.NTPTrainer(model, settings, source.train, target.owner, source_transform=RandomShift(1))
+    trainer.train()
     save(model, folder)
+    return trainer.state.log_history
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
