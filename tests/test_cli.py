@@ -1,0 +1,124 @@
+"""The command line: thin, quick to help, exit codes, JSON."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hf_ntp import cli, verify_folder
+from hf_ntp.publishing.report import weight_digests, write_report
+
+from .publishing.conftest import attacks, make_record, make_results  # noqa: F401 (a fixture)
+from .publishing.folders import make_folder, make_keys
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """As the recipe leaves it, on a model that is there."""
+    made = make_folder(tmp_path / "protected")
+    write_report(made, make_record(make_results()), make_results(), repo_id="org/photos-only")
+    return made
+
+
+def run(capsys, *argv):
+    code = cli.main([str(word) for word in argv])
+    return code, capsys.readouterr()
+
+
+def test_a_folder_from_report_to_verification(folder, tmp_path, attacks, capsys):
+    private, public = make_keys(tmp_path)
+    (tmp_path / "attacks.json").write_text(json.dumps(attacks | {"weights": weight_digests(folder)}))
+    code, _ = run(capsys, "report", folder, "--attacks", tmp_path / "attacks.json", "--repo_id", "org/photos-only")
+    assert code == 0
+    assert "![Attacks on scans](attacks.png)" in (folder / "README.md").read_text()
+    assert run(capsys, "sign", folder, "--private_key", private)[0] == 0
+    code, printed = run(capsys, "verify", folder, "--public_key", public)
+    assert code == 0
+    assert "the signature is the owner's, and every file is as it was signed" in printed.out
+    assert "NOT authorized  scans (org/scans)" in printed.out
+    assert "worst attack    all weights tuned on scans: SLC-AUC +0.050 (normalized), 25 %" in printed.out
+    assert "NOT checked whose record that is" in run(capsys, "verify", folder)[1].out
+
+
+def test_one_json_document(folder, tmp_path, capsys):
+    private, public = make_keys(tmp_path)
+    signed = run(capsys, "sign", folder, "--private_key", private, "--json")[1].out
+    assert json.loads(signed) == {"signature": str(folder / "model.sig")}
+    found = json.loads(run(capsys, "verify", folder, "--public_key", public, "--json")[1].out)
+    assert (found["signature_checked"], found["record"]["terms"]["license"]) == (True, "apache-2.0")
+    assert json.loads(run(capsys, "info", folder, "--json")[1].out) == found["record"]
+
+
+def test_refusals_have_a_message_and_exit_code_1(folder, tmp_path, capsys):
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    code, printed = run(capsys, "verify", folder)
+    assert code == 1
+    assert printed.out == ""
+    assert "model.safetensors" in printed.err
+    assert "Traceback" not in printed.err
+    for argv in (["report", folder], ["info", tmp_path], ["sign", folder, "--private_key", tmp_path / "none.pem"]):
+        code, printed = run(capsys, *argv)
+        assert code == 1, argv
+        assert printed.err.startswith("hf-ntp: "), argv
+
+
+def test_wrong_usage_has_exit_code_2(capsys):
+    for argv in ([], ["protct"], ["sign", "folder"], ["verify", "folder", "--pub", "key.pem"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(argv)
+        assert stopped.value.code == 2
+    capsys.readouterr()
+
+
+def test_a_compressed_copy_verifies(folder, tmp_path, capsys):
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.masked_fill_(torch.rand(parameter.shape) < 0.9, 0.0)
+    model.save_pretrained(folder)
+    code, printed = run(capsys, "compress", folder, tmp_path / "small")
+    assert (code, "is not the one" in printed.err or "changed" in printed.err) == (1, True), printed.err
+    write_report(folder, make_record(make_results()), make_results())
+    assert run(capsys, "compress", folder, tmp_path / "small")[0] == 0
+    verify_folder(tmp_path / "small")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("command", [[], ["report"], ["push"], ["verify"]])
+def test_help_is_instant(command):
+    """Best of three: other processes may be at work on the machine."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        argv = [sys.executable, "-m", "hf_ntp.cli", *command, "--help"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+        seconds.append(time.perf_counter() - start)
+    assert done.returncode == 0
+    assert "hf-ntp" in done.stdout
+    assert min(seconds) < 1
+
+
+def test_recipes_are_subcommands(monkeypatch, capsys):
+    from hf_ntp.recipes import ntp_attack
+
+    seen = []
+
+    def instead(argv):
+        print("progress")
+        seen.append(argv)
+        return {"starts": {}}
+
+    monkeypatch.setattr(ntp_attack, "main", instead)
+    monkeypatch.setattr(sys, "argv", ["hf-ntp"])
+    code, printed = run(capsys, "evaluate", "--checkpoint", "x", "--json")
+    assert (code, seen) == (0, [["--checkpoint", "x"]])
+    assert json.loads(printed.out) == {"starts": {}}
+    assert "progress" in printed.err
+    monkeypatch.setattr(ntp_attack, "main", lambda argv: (_ for _ in ()).throw(ValueError("no such domain")))
+    assert run(capsys, "evaluate", "--checkpoint", "x")[1].err == "hf-ntp: no such domain\n"
