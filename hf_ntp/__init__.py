@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .evaluation.measure import Measurement, measure_protection
     from .evaluation.runner import AttackData, LearningCurves, sample_wise_learning_curves
     from .evaluation.summary import summarize
+    from .publishing.hub import push_folder, push_metric
+    from .publishing.loading import Protected, load_protected
     from .publishing.record import read_record
     from .training.config import NTPConfig
     from .training.trainer import NTPTrainer
@@ -40,9 +42,13 @@ _HOMES = {
     "NTPConfig": "training.config",
     "NTPTrainer": "training.trainer",
     "PixelDataset": "data",
+    "Protected": "publishing.loading",
     "load_domain": "data",
+    "load_protected": "publishing.loading",
     "measure_protection": "evaluation.measure",
     "nested_subsets": "data",
+    "push_folder": "publishing.hub",
+    "push_metric": "publishing.hub",
     "read_record": "publishing.record",
     "sample_wise_learning_curves": "evaluation.runner",
     "split_owner_attacker": "data",
@@ -63,9 +69,13 @@ __all__ = [
     "NTPConfig",
     "NTPTrainer",
     "PixelDataset",
+    "Protected",
     "load_domain",
+    "load_protected",
     "measure_protection",
     "nested_subsets",
+    "push_folder",
+    "push_metric",
     "read_record",
     "sample_wise_learning_curves",
     "split_owner_attacker",
