@@ -1,4 +1,4 @@
-"""Attack a protected checkpoint, ours or anybody's, and say what each attack gets out of it.
+r"""Attack a protected checkpoint, ours or anybody's, and say what each attack gets out of it.
 
     python recipes/ntp_attack.py --checkpoint runs/ntp_vit/protected --unprotected runs/ntp_vit/unprotected \
         --target_dataset optdigits --source_dataset mnist --output_dir runs/attacks
@@ -81,9 +81,11 @@ def main(argv: list[str]) -> dict[str, Any]:
     import hf_ntp
     from hf_ntp.attacks import ATTACKS, DECISIVE
     from hf_ntp.data import check_target
+    from hf_ntp.evaluation.cache import local_folder
     from hf_ntp.evaluation.controls import prune_without_protection
     from hf_ntp.evaluation.suite import run_attacks
     from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
+    from hf_ntp.publishing.report import weight_digests
     from hf_ntp.run_folder import claim_run_folder, whole_file
 
     words = {"decisive": list(DECISIVE), "all": list(ATTACKS)}
@@ -120,7 +122,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     results = run_attacks(
         starts, data, attacks, arguments.sample_sizes, arguments.seeds, protocol, run / "fits", arguments.jobs
     )
-    results = {"checkpoint": arguments.checkpoint, "target": arguments.target_dataset, **results}
+    results = {
+        "checkpoint": arguments.checkpoint,
+        "weights": weight_digests(local_folder(arguments.checkpoint)),
+        "target": hf_ntp.DomainReference.of(arguments.target_dataset, {"test": target["test"]}).dataset,
+        **results,
+    }
     table = attacks_table(results)
     with whole_file(run / "results.json") as staged:
         staged.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")

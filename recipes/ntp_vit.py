@@ -97,6 +97,9 @@ class RecipeArguments:
     jobs: int | None = field(default=None, metadata={"help": "Processes that fit curves; default one per core."})
     repo_id: str = field(default="path/to/this/folder", metadata={"help": "What the card says to load."})
     license: str = field(default="other", metadata={"help": "Licence id for the card."})
+    terms: str | None = field(
+        default=None, metadata={"help": "What you allow, in words, for record, card and gating prompt."}
+    )
 
 
 SMALL_VIT_SIZE = 16
@@ -109,10 +112,12 @@ class BaseModel(NamedTuple):
     processor: BaseImageProcessor
     learning_rate: float | None
     """Rate at which it still has to learn the source; None when it knows its classes."""
+    revision: str | None = None
+    """Commit on the Hub, where it came from there."""
 
 
 # Change where or how fast a run goes, not what comes out.
-_FREE = ("config", "jobs", "repo_id", "license")
+_FREE = ("config", "jobs", "repo_id", "license", "terms")
 
 
 def parse(argv: list[str]) -> tuple[RecipeArguments, NTPConfig]:
@@ -169,18 +174,19 @@ def base_model(recipe: RecipeArguments, labels: list[str]) -> BaseModel:
         name, revision=revision, dtype=torch.float32, output_loading_info=True
     )
     processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+    commit = getattr(model.config, "_commit_hash", None)
     found = [model.config.id2label[i] for i in range(model.config.num_labels)]
     generic = found == [f"LABEL_{i}" for i in range(len(labels))]
     headless = any(key.startswith(find_head(model)[0]) for key in loading["missing_keys"])
     if not headless and (found == labels or generic):
-        return BaseModel(model, processor, None)
+        return BaseModel(model, processor, None, commit)
     print(
         f"{name} does not classify the source ({len(found)} classes: {', '.join(found[:4])}, ...; the source has "
         f"{len(labels)}: {', '.join(labels[:4])}, ...). It gets a new head and is fine-tuned on the source for "
         f"{recipe.pretrain_steps} steps first."
     )
     replace_head(model, labels)
-    return BaseModel(model, processor, rate or 5e-5)
+    return BaseModel(model, processor, rate or 5e-5, commit)
 
 
 def save(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
@@ -215,8 +221,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     from hf_ntp.data import RandomShift, check_target
     from hf_ntp.evaluation.runner import check_seeds
     from hf_ntp.functional import check_sample_sizes
-    from hf_ntp.publishing.record import weight_digests
-    from hf_ntp.publishing.report import build_results, write_report
+    from hf_ntp.publishing.report import build_record, build_results, weight_digests, write_report
     from hf_ntp.run_folder import Stopwatch, claim_run_folder, whole_folder
     from hf_ntp.training.pretraining import train_classifier
 
@@ -289,11 +294,19 @@ def main(argv: list[str]) -> dict[str, Any]:
         hf_ntp.DomainReference.of(recipe.target_dataset, target, recipe.target_config, recipe.target_revision),
     )
     name = recipe.model_name_or_path
-    origin = {"name": None if name is None or Path(name).exists() else name, "weights": weight_digests(base)}
+    origin = {
+        "name": None if name is None or Path(name).exists() else name,
+        "revision": start.revision,
+        "weights": weight_digests(base),
+    }
     with whole_folder(run / "protected") as folder:
         shutil.copytree(weights, folder, dirs_exist_ok=True)
         results = build_results(*references, measured, watch.seconds)
-        write_report(folder, results, *references, origin, config.summary(), recipe.repo_id, recipe.license)
+        record = build_record(
+            results, [references[0]], [references[1]], origin, config.summary(), measured.sparsity, recipe.license,
+            recipe.terms,
+        )  # fmt: skip
+        write_report(folder, record, results, repo_id=recipe.repo_id)
     return show(run)
 
 

@@ -60,8 +60,8 @@ def test_result_folder(finished):
     run, printed = finished
     folder = run / "protected"
     assert {path.name for path in folder.iterdir()} == {
-        "README.md", "authorization.json", "config.json", "model.safetensors", "preprocessor_config.json",
-        "results.json", "slc.png",
+        "README.md", "authorization.json", "config.json", "model.safetensors",
+        "preprocessor_config.json", "results.json", "slc.png",
     }  # fmt: skip
     assert "SLC-AUC" in printed
     assert "protected, mask kept" in printed

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+
 from ..run_folder import file_digest, whole_file
 
 # Raise it when a change to an attack or to its loop changes results.
@@ -17,6 +19,13 @@ FIT_VERSION = 3
 def content_key(content: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of a JSON-ready description of everything that determines a result."""
     return hashlib.sha256(json.dumps({"version": FIT_VERSION, **content}, sort_keys=True).encode()).hexdigest()
+
+
+def local_folder(checkpoint: str) -> str:
+    """Return a folder with config and weights: the one given, or a snapshot of the Hub id."""
+    if Path(checkpoint).is_dir():
+        return checkpoint
+    return snapshot_download(checkpoint, allow_patterns=["config.json", "*.safetensors"])
 
 
 def checkpoint_digest(folder: Path) -> str:

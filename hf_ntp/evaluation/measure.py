@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import AutoModelForImageClassification, PreTrainedModel, default_data_collator
 
 from ..attacks import FineTuneProtocol
@@ -112,11 +112,11 @@ def measure_protection(
     )
 
 
-def measure_sparsity(model: PreTrainedModel, source: PixelDataset, requested: float | None = None) -> SparsityReport:
+def measure_sparsity(model: PreTrainedModel, source: PixelDataset | Dataset, requested: float | None = None) -> SparsityReport:
     """Count zeros over prunable and over live weights of a protected model."""
     notes: dict[str, Any] = getattr(model.config, "ntp", None) or {}
     weights = noted_prunable_weights(model)
-    some = torch.utils.data.Subset(source, range(min(len(source), _LIVE_IMAGES)))
+    some: Dataset = Subset(source, range(min(len(source), _LIVE_IMAGES)))  # type: ignore[arg-type]
     live: LiveWeights = live_weights(model, weights, DataLoader(some, 64, collate_fn=default_data_collator))
     achieved = zero_fraction(list(weights.values()))
     return SparsityReport(

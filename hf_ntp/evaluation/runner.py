@@ -13,7 +13,6 @@ import joblib
 import numpy as np
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
@@ -21,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from ..attacks import FineTuneProtocol, Loot, Predict
 from ..data import PixelDataset, nested_subsets
 from .arms import Arm
-from .cache import ResultCache, checkpoint_digest, content_key
+from .cache import ResultCache, checkpoint_digest, content_key, local_folder
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def sample_wise_learning_curves(
     protocol = protocol or FineTuneProtocol()
     check_seeds(seeds)
     subsets = {seed: nested_subsets(data.train.labels, sample_sizes, seed) for seed in seeds}
-    arms = [replace(arm, checkpoint=_local(arm.checkpoint)) for arm in arms]
+    arms = [replace(arm, checkpoint=local_folder(arm.checkpoint)) for arm in arms]
     run = _Sweep(subsets, data, protocol, ResultCache(cache_dir), jobs)
     # Large fits first, so that no core is left with a long one at the end.
     points = [(size, arm) for size in sorted(sample_sizes, reverse=True) for arm in arms]
@@ -256,10 +255,3 @@ class _Describer:
             self._starts[fit.arm] = self._start(fit.arm)
         point = {"size": fit.size, "seed": fit.seed, "value": fit.value}
         return content_key({**self._common, **self._starts[fit.arm], **point})
-
-
-def _local(checkpoint: str) -> str:
-    """Return a folder with config and weights: the one given, or a snapshot of the Hub id."""
-    if Path(checkpoint).is_dir():
-        return checkpoint
-    return snapshot_download(checkpoint, allow_patterns=["config.json", "*.safetensors"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -13,6 +13,12 @@ ARM_LABELS = {
     "protected_mask": "protected, mask kept",
     "protected_dense": "protected, all weights tuned",
 }
+_ATTACK_LABELS = {"mask_kept": "mask kept", "dense": "all weights tuned"}
+_MEASURES = {
+    "classification": "test accuracy",
+    "linear_probe": "accuracy of a linear probe",
+    "knn": "accuracy of nearest neighbours",
+}
 
 
 def template_path() -> str:
@@ -20,87 +26,91 @@ def template_path() -> str:
     return str(files("hf_ntp.model_cards").joinpath("protected_model.md"))
 
 
-def card_data(results: Mapping[str, Any], name: str, license: str, base_model: str | None) -> ModelCardData:
+def attack_label(name: str) -> str:
+    """Name of an attack as readers see it."""
+    return _ATTACK_LABELS.get(name, name.replace("_", " "))
+
+
+def card_data(record: Mapping[str, Any], name: str) -> ModelCardData:
     """Card metadata with a model-index of the measured figures.
 
     Args:
-        results: Content of ``results.json``.
+        record: Authorization record.
         name: Model name in the model-index.
-        license: SPDX id of the licence, as the Hub spells it.
-        base_model: Hub id, or None for a model trained in the run.
     """
-    source, target = results["source"]["domain"], results["target"]["domain"]
-
-    def result(domain: str, metric: str, label: str, value: float) -> EvalResult:
-        return EvalResult(
-            task_type="image-classification",
-            dataset_type=domain,
-            dataset_name=domain,
-            metric_type=metric,
-            metric_name=label,
-            metric_value=round(value, 4),
-        )
-
-    evaluations = [result(source, "accuracy", "Accuracy (authorized)", results["source"]["accuracy_after"])]
-    evaluations += [
-        result(target, "slc_auc", f"SLC-AUC normalized, {ARM_LABELS[arm]}", area["normalized"])
-        for arm, area in results["slc_auc"].items()
-    ]
+    evaluations = []
+    accuracy = record["source_accuracy"]
+    if accuracy is not None:
+        label = f"{_MEASURES[accuracy['measure']].capitalize()} (authorized)"
+        evaluations += [
+            _result(domain, "accuracy", label, accuracy["after"]) for domain in record["authorized_domains"][:1]
+        ]
+    domains = {domain["name"]: domain for domain in record["unauthorized_domains"]}
+    for measurement in record["evidence"]:
+        domain = domains[measurement["domain"]]
+        evaluations += [
+            _result(domain, "slc_auc", f"SLC-AUC normalized, {attack_label(attack)}", found["protected"]["normalized"])
+            for attack, found in measurement["attacks"].items()
+        ]
+    every = [*record["authorized_domains"], *record["unauthorized_domains"]]
     return ModelCardData(
-        license=license,
+        license=record["terms"]["license"],
         library_name="transformers",
         pipeline_tag="image-classification",
-        base_model=base_model,
-        datasets=[domain for domain in (results["source"]["dataset"], results["target"]["dataset"]) if "/" in domain]
-        or None,
+        base_model=record["base_model"]["name"],
+        datasets=[domain["dataset"] for domain in every if "/" in domain["dataset"]] or None,
         tags=["non-transferable-pruning", "hf_ntp"],
-        model_name=name,
-        eval_results=evaluations,
+        # The Hub wants results with a model name, and no name without results.
+        model_name=name if evaluations else None,
+        eval_results=evaluations or None,
+        extra_gated_prompt=record["terms"]["text"],
+    )
+
+
+def _result(domain: Mapping[str, Any], metric: str, label: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="image-classification",
+        dataset_type=domain["dataset"],
+        dataset_name=domain["name"],
+        dataset_config=domain["config"],
+        dataset_revision=domain["revision"],
+        metric_type=metric,
+        metric_name=label,
+        metric_value=round(value, 4),
     )
 
 
 def render_card(
-    results: Mapping[str, Any],
-    record: Mapping[str, Any],
-    repo_id: str = "path/to/this/folder",
-    license: str = "other",
+    record: Mapping[str, Any], repo_id: str = "path/to/this/folder", figures: Sequence[str] = ()
 ) -> ModelCard:
     """Render the card of a protected model.
 
     Args:
-        results: Content of ``results.json``.
-        record: Authorization record.
+        record: Authorization record; every number of the card is in it.
         repo_id: What users pass to ``from_pretrained``.
-        license: Licence id for the metadata.
+        figures: Names of pictures in the folder.
     """
-    rows = [
-        {
-            "label": ARM_LABELS[arm],
-            "area": area,
-            "retained": _retained(results["retained_transfer"], arm),
-        }
-        for arm, area in results["slc_auc"].items()
-    ]
     return ModelCard.from_template(
-        card_data(results, repo_id.rpartition("/")[2], license, record["base_model"]["name"]),
+        card_data(record, repo_id.rpartition("/")[2]),
         template_path=template_path(),
-        title=f"{results['source']['domain']} only: a protected vision encoder",
-        results=results,
         record=record,
         repo_id=repo_id,
-        rows=rows,
+        figures=figures,
+        authorized=_names(record["authorized_domains"]),
+        unauthorized=_names(record["unauthorized_domains"]),
+        measure=_MEASURES[record["source_accuracy"]["measure"]] if record["source_accuracy"] else "",
         disjoint=_disjoint(record),
+        by_area=lambda attacks: sorted(attacks.items(), key=lambda item: -item[1]["protected"]["normalized"]),
+        label=attack_label,
         percent=lambda value: f"{100 * value:.1f} %",
+        share=lambda value: "" if value is None else f"{100 * value:.0f} %",
         signed=lambda value: f"{value:+.3f}",
         interval=lambda bounds: "one seed" if bounds[0] is None else f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]",
     )
 
 
-def _retained(shares: Mapping[str, float | None], arm: str) -> str:
-    if arm == "unprotected":
-        return "100 %"
-    share = shares[arm.removeprefix("protected_")]
-    return "no transfer to retain" if share is None else f"{100 * share:.0f} %"
+def _names(domains: Sequence[Mapping[str, Any]]) -> str:
+    return " and ".join(domain["name"] for domain in domains)
 
 
 def _disjoint(record: Mapping[str, Any]) -> bool:

@@ -39,7 +39,7 @@ def push_folder(
     of the repository stay in its history.
 
     Args:
-        folder: Folder with an authorization record and a .gitattributes file.
+        folder: Folder with an authorization record.
         repo_id: Such as "org/model"; made when missing.
         private: False makes the repository public, as the last step.
         gated: Whether readers have to ask for access: "auto" or "manual" approval. False leaves this setting of the
@@ -51,10 +51,9 @@ def push_folder(
         timeout: Seconds that a request may make no progress.
 
     Raises:
-        RecordError: If the folder is not the one its record speaks of, or the signature does not fit.
-        FileNotFoundError: If there is no record.
-        ValueError: If there is no .gitattributes file, the card's metadata is invalid, or the repository is public
-            and ``private`` was not set to False.
+        RecordError: If there is no record, the folder is not the one it speaks of, or the signature does not fit.
+        ValueError: If the card's metadata is invalid, or the repository is public and ``private`` was not set to
+            False.
         HubError: If the Hub cannot be reached or refuses; the branch is as it was before, unless the message says
             otherwise.
     """
@@ -62,14 +61,8 @@ def push_folder(
         raise ValueError(f"found gated={gated!r}; needed: 'auto', 'manual' or False")
     verified = verify_folder(folder, public_key)
     names = [*verified.record["files"], RECORD_FILE]
-    if (Path(folder) / SIGNATURE_FILE).is_file():
-        names.append(SIGNATURE_FILE)
-    if _GIT_ATTRIBUTES not in names:
-        raise ValueError(
-            f"{folder} holds no {_GIT_ATTRIBUTES}; needed: one that the record names, as the Hub adds its own "
-            "otherwise and the download no longer fits the record. Write the folder with hf_ntp, or copy the file "
-            "from any repository of the Hub into it and write the record anew."
-        )
+    # No part of the record: the Hub keeps the latter itself where a folder has none.
+    names += [name for name in (SIGNATURE_FILE, _GIT_ATTRIBUTES) if (Path(folder) / name).is_file()]
     push = _Push(_api(token), repo_id, "model", branch, timeout)
     return push.run({name: Path(folder) / name for name in names}, commit_message, private, gated)
 

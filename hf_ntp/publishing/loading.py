@@ -57,14 +57,14 @@ def load_protected(
         model_kwargs: For ``from_pretrained`` of the model.
 
     Raises:
-        RecordError: If the files are not those that the owner signed or recorded.
+        RecordError: If there is no record, or the files are not those that the owner signed or recorded.
         ValueError: If arguments do not go together, or the folder holds no model of transformers or only part of one.
-        FileNotFoundError: If there is no such folder, or no record in it.
+        FileNotFoundError: If there is no such folder.
         HubError: If the Hub cannot be reached or refuses, and the cache does not have it.
     """
     _check_arguments(verify, public_key, model_kwargs)
     folder, blobs = _fetch(id_or_path, revision, token, timeout)
-    record = verify_folder(folder, public_key, links_into=blobs).record if verify else _record_if_valid(folder)
+    record = verify_folder(folder, public_key, links_into=blobs).record if verify else _record_if_valid(folder, blobs)
     return Protected(_load_model(folder, model_kwargs), _load_processor(folder), record)
 
 
@@ -108,9 +108,9 @@ def _fetch(
     return folder, folder.parent.parent / "blobs"
 
 
-def _record_if_valid(folder: Path) -> dict[str, Any] | None:
+def _record_if_valid(folder: Path, links_into: Path | None) -> dict[str, Any] | None:
     try:
-        return read_record(folder)
+        return read_record(folder, links_into)
     except (FileNotFoundError, RecordError):
         return None
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonschema import Draft202012Validator
 
-from ..run_folder import file_digest, whole_file
+from ..run_folder import whole_file
+from .errors import RecordError, VerificationError, listed
+from .files import folder_files, read_bounded, regular_file, sha256_of
+from .strict_json import strict_json
 
 RECORD_FILE = "authorization.json"
 SIGNATURE_FILE = "model.sig"
@@ -19,13 +23,9 @@ SCHEMA_VERSION = 2
 _MAX_BYTES = 4 << 20
 
 
-class RecordError(ValueError):
-    """An authorization record that cannot be trusted: what was found, what is needed, how to mend it."""
-
-
 def record_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of the record."""
-    return json.loads(files("hf_ntp.publishing").joinpath("authorization.schema.json").read_text())
+    return json.loads(files("hf_ntp.publishing").joinpath("authorization.schema.json").read_text(encoding="utf-8"))
 
 
 def validate_record(record: Any) -> None:
@@ -35,13 +35,13 @@ def validate_record(record: Any) -> None:
         RecordError: Naming the first place that does not fit.
     """
     version = record.get("schema_version") if isinstance(record, dict) else None
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise RecordError(
-            f"the authorization record has schema_version {version!r}; needed: {SCHEMA_VERSION}. Upgrade hf_ntp, or "
-            "ask the owner for a record that this version reads."
+            f"the authorization record has schema_version {repr(version)[:80]}; needed: {SCHEMA_VERSION}. Upgrade "
+            "hf_ntp, or ask the owner for a record that this version reads."
         )
     for error in Draft202012Validator(record_schema()).iter_errors(record):
-        place = "/".join(map(str, error.absolute_path)) or "the top level"
+        place = listed(["/".join(map(str, error.absolute_path)) or "the top level"])
         raise RecordError(
             f"the authorization record does not fit its schema at {place}: {error.message[:300]}. Needed: a record "
             "written by hf_ntp; write it anew with write_record."
@@ -56,50 +56,86 @@ def write_record(folder: str | Path, record: Mapping[str, Any]) -> None:
         record: As the schema says; "files" is filled in here.
 
     Raises:
-        RecordError: If it does not fit the schema.
+        RecordError: If it could not be read again: it does not fit the schema, or the folder holds links or odd names.
     """
-    record = json.loads(json.dumps({**record, "files": file_digests(folder)}, allow_nan=False))
-    validate_record(record)
+    whole = {**record, "files": file_digests(folder)}
+    try:
+        data = (json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecordError(
+            f"the record cannot be written as JSON ({error}); needed: text and finite numbers."
+        ) from error
+    validate_record(_parse(data, "the record to write"))
     with whole_file(Path(folder) / RECORD_FILE) as staged:
-        staged.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        staged.write_bytes(data)
 
 
-def read_record(folder: str | Path) -> dict[str, Any]:
+def read_record(folder: str | Path, links_into: str | Path | None = None) -> dict[str, Any]:
     """Read the record of a model folder and check it against the schema.
 
     Whether the files are those it speaks of is what :func:`~hf_ntp.verify_folder` checks.
 
+    Args:
+        folder: Folder of a protected model.
+        links_into: Folder that the record may be a symbolic link into, as in :func:`~hf_ntp.verify_folder`.
+
     Raises:
         FileNotFoundError: If there is no record.
-        RecordError: If it is not valid.
+        RecordError: If it is not valid, or not a regular file.
     """
     path = Path(folder) / RECORD_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileNotFoundError(
             f"{folder} holds no {RECORD_FILE}; needed: the folder of a model protected with hf_ntp. Download the "
             "whole repository with huggingface_hub.snapshot_download."
         )
-    if path.stat().st_size > _MAX_BYTES:
-        raise RecordError(f"{path} is larger than {_MAX_BYTES} bytes: not an authorization record.")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path} is not valid JSON ({error}); needed: the file as hf_ntp wrote it.") from error
+    record = _parse(read_bounded(regular_file(path, links_into), _MAX_BYTES), str(path))
     validate_record(record)
     return record
 
 
+def _parse(data: bytes, what: str) -> Any:
+    if len(data) > _MAX_BYTES:
+        raise RecordError(f"{what} is larger than {_MAX_BYTES} bytes, more than an authorization record needs.")
+    try:
+        return strict_json(data)
+    except ValueError as error:
+        raise RecordError(
+            f"{what} is not valid JSON ({str(error)[:300]}); needed: the file as hf_ntp wrote it."
+        ) from error
+
+
 def file_digests(folder: str | Path) -> dict[str, str]:
-    """SHA-256 of every file of a model folder but record and signature, by path in the folder."""
-    folder = Path(folder)
-    paths = sorted(path for path in folder.rglob("*") if not path.is_dir())
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    return {
-        name: file_digest(path)
-        for name, path in zip(names, paths, strict=True)
-        if name not in (RECORD_FILE, SIGNATURE_FILE)
+    """SHA-256 of every file of a model folder but record and signature, by name in the folder.
+
+    Raises:
+        VerificationError: If something there is not a regular file with an unambiguous name.
+    """
+    found = folder_files(folder)
+    return sha256_of({name: path for name, path in found.items() if name not in (RECORD_FILE, SIGNATURE_FILE)})
+
+
+def check_files(record: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Compare the files of a folder with those that its record names.
+
+    Args:
+        record: As :func:`read_record` gives it.
+        digests: SHA-256 by name; record and signature may be among them.
+
+    Raises:
+        VerificationError: Naming changed, missing and added files, each under its own word.
+    """
+    needed: Mapping[str, str] = record["files"]
+    found = {name: digest for name, digest in digests.items() if name not in (RECORD_FILE, SIGNATURE_FILE)}
+    differing = {
+        "changed": [name for name in needed if name in found and found[name] != needed[name]],
+        "missing": [name for name in needed if name not in found],
+        "added": [name for name in found if name not in needed],
     }
-
-
-def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not a finite number")
+    if any(differing.values()):
+        raise VerificationError(
+            "the files are not those of the authorization record: "
+            + "; ".join(f"{word}: {listed(names)}" for word, names in differing.items() if names)
+            + ". Needed: the very files that the owner recorded. Download them anew; as the owner, write the record "
+            "anew with write_record, then sign."
+        )

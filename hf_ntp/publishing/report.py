@@ -7,25 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 from ..data import DomainReference
-from ..evaluation.measure import Measurement
+from ..evaluation.measure import Measurement, SparsityReport
 from ..evaluation.summary import retained, summarize
+from ..run_folder import file_digest, whole_file
+from .attack_report import plot_attacks
 from .card import ARM_LABELS, render_card
+from .evidence import not_tested, standard_measurement, suite_measurement
 from .figure import plot_learning_curves
-from .record import SCHEMA_VERSION, weight_digests, write_record
+from .record import SCHEMA_VERSION, SIGNATURE_FILE, read_record, write_record
 
 RESULTS_FILE = "results.json"
 
-# What the standard comparison does not show, whatever it finds.
-NOT_TESTED = (
-    "Attackers other than AdamW fine-tuning with a fresh head: parameter-efficient tuning (LoRA), linear probes, "
-    "other optimizers and learning rates, longer training, re-initialised layers or norms, distillation.",
-    "More labelled unauthorized images than the largest size of the curve.",
-    "Domains other than the ones named here. Protection is not a ban on other uses, and no claim is made about them.",
-    "Protection of the weights against copying or of the model's outputs against imitation.",
-)
+ATTACKS_FILE = "attacks.json"
+CURVES_FIGURE, ATTACKS_FIGURE = "slc.png", "attacks.png"
+_ENVIRONMENT = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "scikit-learn")
 
 
 def build_results(
@@ -69,75 +68,150 @@ def build_results(
 
 
 def build_record(
-    results: Mapping[str, Any],
-    source: DomainReference,
-    target: DomainReference,
+    results: Mapping[str, Any] | None,
+    source: Sequence[DomainReference],
+    target: Sequence[DomainReference],
     base_model: Mapping[str, Any],
-    weights: Mapping[str, str],
     settings: Mapping[str, Any],
+    sparsity: SparsityReport,
+    license: str = "other",
+    terms: str | None = None,
 ) -> dict[str, Any]:
-    """Authorization record of a run, see ``authorization.schema.json``.
+    """Authorization record of a run, see ``authorization.schema.json``; "files" is filled in when it is written.
 
     Args:
-        results: Content of ``results.json``.
-        source: Authorized domain.
-        target: Unauthorized domain.
-        base_model: "name" (Hub id or None) and "weights" (digest of every file).
-        weights: Digest of every weight file.
+        results: Content of ``results.json``; None where nothing was measured, and the record says so.
+        source: Authorized domains.
+        target: Unauthorized domains.
+        base_model: "name" (Hub id or None), "revision" and "weights" (digest of every file).
         settings: Everything that determined the run.
+        sparsity: Zeros of the published weights.
+        license: Licence id as the Hub spells it.
+        terms: What the owner allows, in words; by default what the domains say.
     """
-    slc = results["slc"]
+    authorized, unauthorized = (" and ".join(domain.name for domain in side) for side in (source, target))
+    evidence = [] if results is None else [standard_measurement(results)]
     return {
         "schema_version": SCHEMA_VERSION,
         "library": {"name": "hf_ntp", "version": version("hf-ntp")},
+        "environment": {"python": python_version(), **{name: version(name) for name in _ENVIRONMENT}},
         "base_model": dict(base_model),
-        "weights": dict(weights),
-        "authorized_domains": [source.for_record()],
-        "unauthorized_domains": [target.for_record()],
+        "authorized_domains": [domain.for_record() for domain in source],
+        "unauthorized_domains": [domain.for_record() for domain in target],
+        "terms": {
+            "license": license,
+            "text": terms
+            or f"Use on {authorized} is authorized. Use on {unauthorized} is not, neither as it is nor fine-tuned.",
+        },
         "method": {"name": "non-transferable-pruning", "settings": dict(settings)},
-        "sparsity": results["sparsity_details"],
-        "source_accuracy": {
+        "sparsity": asdict(sparsity),
+        "source_accuracy": None
+        if results is None
+        else {
+            "measure": "classification",
             "before": results["source"]["accuracy_before"],
             "after": results["source"]["accuracy_after"],
             "images": results["source"]["test_images"],
         },
-        "evidence": {
-            **{key: slc[key] for key in ("sample_sizes", "seeds", "protocol", "scratch_convergence")},
-            "slc_auc": results["slc_auc"],
-            "retained_transfer": results["retained_transfer"],
-        },
-        "not_tested": list(NOT_TESTED),
+        "evidence": evidence,
+        "not_tested": not_tested(evidence),
     }
 
 
 def write_report(
     folder: str | Path,
-    results: Mapping[str, Any],
-    source: DomainReference,
-    target: DomainReference,
-    base_model: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    record: Mapping[str, Any],
+    results: Mapping[str, Any] | None = None,
+    attacks: Mapping[str, Any] | None = None,
     repo_id: str = "path/to/this/folder",
-    license: str = "other",
 ) -> None:
-    """Write results, figure, authorization record and model card beside the weights of a protected model.
+    """Write results, figures, model card and, last, the authorization record beside the weights of a protected model.
 
     Args:
         folder: Folder that holds the saved model.
-        results: See :func:`build_results`.
-        source: Authorized domain.
-        target: Unauthorized domain.
-        base_model: See :func:`build_record`.
-        settings: Options of the method.
+        record: See :func:`build_record`.
+        results: See :func:`build_results`; None where nothing was measured.
+        attacks: What :func:`hf_ntp.evaluation.suite.run_attacks` returned for these weights, if it was run.
         repo_id: What the card tells users to pass to ``from_pretrained``.
-        license: Licence id for the card.
     """
     folder = Path(folder)
-    record = build_record(results, source, target, base_model, weight_digests(folder), settings)
-    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    plot_learning_curves(results, folder / "slc.png")
+    title = " and ".join(domain["name"] for domain in record["unauthorized_domains"])
+    if results is not None:
+        _write_json(folder / RESULTS_FILE, results)
+        plot_learning_curves(results, folder / CURVES_FIGURE)
+    if attacks is not None:
+        _write_json(folder / ATTACKS_FILE, attacks)
+        plot_attacks(attacks, folder / ATTACKS_FIGURE, f"What the checkpoint is worth on {title}")
+    figures = [name for name in (CURVES_FIGURE, ATTACKS_FIGURE) if (folder / name).exists()]
+    with whole_file(folder / "README.md") as staged:
+        staged.write_text(str(render_card(record, repo_id, figures)), encoding="utf-8")
     write_record(folder, record)
-    render_card(results, record, repo_id, license).save(folder / "README.md")
+
+
+def refresh_report(
+    folder: str | Path, attacks: str | Path | None = None, repo_id: str = "path/to/this/folder"
+) -> None:
+    """Write card, figures and record of a folder anew, optionally with the result of an attack suite.
+
+    Args:
+        folder: As :func:`write_report` left it, or edited since. A signature is no longer valid and is removed.
+        attacks: ``results.json`` of ``recipes/ntp_attack.py`` on this very model.
+        repo_id: What the card tells users to pass to ``from_pretrained``.
+
+    Raises:
+        ValueError: If the suite was run on other weights, or on a domain that the record does not name, or the
+            weights are not those that were measured.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    weights = weight_digests(folder)
+    if any(record["files"].get(name) != digest for name, digest in weights.items()):
+        raise ValueError(
+            f"the weights in {folder} are not those that its record speaks of; needed: the measured ones. Restore "
+            "them, or measure the new ones: run recipes/ntp_vit.py."
+        )
+    results = _read_json(folder / RESULTS_FILE)
+    found = _read_json(folder / ATTACKS_FILE if attacks is None else Path(attacks), missing_ok=attacks is None)
+    evidence = [] if results is None else [standard_measurement(results)]
+    if found is not None:
+        evidence.append(_checked(found, weights, record, folder))
+    record = {**record, "evidence": evidence, "not_tested": not_tested(evidence)}
+    (folder / SIGNATURE_FILE).unlink(missing_ok=True)
+    write_report(folder, record, results, found, repo_id)
+
+
+def _checked(
+    attacks: Mapping[str, Any], weights: Mapping[str, str], record: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Return the measurement of an attack suite that belongs to the folder."""
+    if attacks.get("weights") != weights:
+        raise ValueError(
+            f"the attacks were run on {attacks.get('checkpoint')}, whose weights are not those of {folder}; needed: "
+            "the result of the attacks on this very model. Run recipes/ntp_attack.py with --checkpoint on it."
+        )
+    domains = {domain["dataset"]: domain["name"] for domain in record["unauthorized_domains"]}
+    if attacks["target"] not in domains:
+        raise ValueError(
+            f"the attacks were run on the domain {attacks['target']}; needed: one that the record calls unauthorized "
+            f"({', '.join(domains)})."
+        )
+    return suite_measurement(attacks, domains[attacks["target"]])
+
+
+def _read_json(path: Path, missing_ok: bool = True) -> dict[str, Any] | None:
+    if missing_ok and not path.exists():
+        return None
+    return json.loads(path.read_text())
+
+
+def weight_digests(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of every weight file of a model folder, by file name."""
+    return {path.name: file_digest(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with whole_file(path) as staged:
+        staged.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:

@@ -79,6 +79,9 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
                 "loss scale of their own. Use bf16, or attackers=0."
             )
         TrainingArguments.__post_init__(self)
+        if self.hub_private_repo is None:
+            # Trainer creates the repository when training starts; who wants the world to see it says so.
+            self.hub_private_repo = True
 
     @classmethod
     def from_preset(cls, name: str, **options: Any) -> NTPConfig:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -392,6 +393,56 @@ class NTPTrainer(Trainer):
             self._terms, self._term_count = {}, 0
         super().log(logs, start_time)
 
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **about: Any,
+    ) -> Any:
+        """Publish the protected model, all files in one commit.
+
+        Record and card say that nothing was measured. To publish evidence too, measure the saved model, write the
+        folder with `recipes/ntp_vit.py` or :mod:`hf_ntp.publishing.report`, and use :func:`hf_ntp.push_folder`.
+
+        Args:
+            commit_message: First line of the commit.
+            blocking: Has to be True: a record without its weights would be worth nothing.
+            token: Default: ``hub_token``, or the one of `hf auth login`.
+            revision: Branch; default ``hub_revision``, or the main one.
+            private: Default ``hub_private_repo``, which is True unless set.
+            about: "source", "targets", "license" and "terms", as
+                :func:`hf_ntp.publishing.from_trainer.write_folder` takes them.
+
+        Returns:
+            The commit (``huggingface_hub.CommitInfo``); None on all processes but the first.
+
+        Raises:
+            ValueError: If the model is not protected yet, or ``blocking`` is False.
+            HubError: If the Hub cannot be reached or refuses.
+        """
+        # Training knows nothing of publishing but in this method, which Trainer's interface puts here.
+        from ..publishing.from_trainer import write_folder
+        from ..publishing.hub import push_folder
+
+        if not blocking:
+            raise ValueError("found blocking=False; needed: True. Call it in a thread of your own if need be.")
+        if not self.is_world_process_zero():
+            return None
+        repo_id = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        with TemporaryDirectory() as folder:
+            write_folder(self, folder, repo_id, **about)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private if private is not None else self.args.hub_private_repo is not False,
+                token=token or self.args.hub_token,
+                branch=revision or self.args.hub_revision,
+                commit_message=commit_message or "End of training",
+            )
+
     # Checkpoints
 
     def settings(self) -> dict[str, Any]:
@@ -424,7 +475,10 @@ class NTPTrainer(Trainer):
         """Write a checkpoint under another name and rename it: a folder called checkpoint-N is always whole."""
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            shutil.rmtree(Path(self._get_output_dir(trial)) / _STAGING, ignore_errors=True)
+            staging = Path(self._get_output_dir(trial)) / _STAGING
+            shutil.rmtree(staging, ignore_errors=True)
+            # Every rank writes into it; if each made it where it is missing, one could come between.
+            (staging / name).mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         with self._staged():
             super()._save_checkpoint(model, trial)

@@ -10,7 +10,7 @@ SOURCE = DomainReference("photos", "org/photos", None, "main", {"train": "a" * 6
 TARGET = DomainReference(
     "scans", "org/scans", "small", None, {"owner": "b" * 64, "attacker": "c" * 64}, ["x", "y", "z"]
 )
-BASE = {"name": "org/base", "weights": {"model.safetensors": "d" * 64}}
+BASE = {"name": "org/base", "revision": "f" * 40, "weights": {"model.safetensors": "d" * 64}}
 SETTINGS = {
     "sparsity": 0.7,
     "fisher_weight": 2.0,
@@ -18,7 +18,7 @@ SETTINGS = {
     "collapse_weight": 0.3,
     "attackers": 4,
 }
-WEIGHTS = {"model.safetensors": "e" * 64}
+SPARSITY = SparsityReport(0.7, 0.7, 98304, 0.69, 0.998, {"encoder.weight": {"weights": 98304, "zeros": 68813}})
 
 
 def make_results():
@@ -36,7 +36,7 @@ def make_results():
     )
     measured = Measurement(
         SourceAccuracy(0.961, 0.957, 1250),
-        SparsityReport(0.7, 0.7, 98304, 0.69, 0.998),
+        SPARSITY,
         curves,
         ScratchConvergence(100, 800, 0.6, 0.61),
         FineTuneProtocol(),
@@ -49,6 +49,44 @@ def results():
     return make_results()
 
 
+def make_record(results):
+    return {
+        **build_record(results, [SOURCE], [TARGET], BASE, SETTINGS, SPARSITY, "apache-2.0"),
+        # Filled in when it is written; fixed versions, so that the example does not change with the environment.
+        "files": {"model.safetensors": "e" * 64},
+        "environment": {"torch": "2.13.0"},
+    }
+
+
 @pytest.fixture
 def record(results):
-    return copy.deepcopy(build_record(results, SOURCE, TARGET, BASE, WEIGHTS, SETTINGS))
+    return copy.deepcopy(make_record(results))
+
+
+def area(value, spread=0.1):
+    bounds = [value - spread, value + spread]
+    interval = {"level": 0.95, "nats": bounds, "decades": bounds, "normalized": bounds}
+    return {"nats": value, "decades": value, "normalized": value, "ci": interval, "seeds": [value, value]}
+
+
+@pytest.fixture
+def attacks():
+    """Two attacks, one of which does not apply to the unprotected model."""
+    entries = {"dense": area(0.05), "lora": area(-0.2)}
+    tuned = {name: {"accuracies": [[0.3, 0.6]] * 2, "tuned": [1e-3, 1e-3], "at_edge": 0} for name in entries}
+    return {
+        "checkpoint": "runs/protected",
+        "target": "org/scans",
+        "sample_sizes": [10, 100],
+        "seeds": [0, 1],
+        "protocol": {"steps": 600, "batch_size": 32, "learning_rates": [1e-3, 3e-3]},
+        "starts": {
+            "protected": {name: tuned[name] | entry for name, entry in entries.items()},
+            "unprotected": {"dense": tuned["dense"] | area(0.2)},
+        },
+        "retained_transfer": {"protected": {"dense": 0.25, "lora": None}},
+        "worst_case": {
+            "protected": {"attack": "dense", "slc_auc": 0.05, "retained_transfer": 0.25},
+            "unprotected": {"attack": "dense", "slc_auc": 0.2, "retained_transfer": 1.0},
+        },
+    }

@@ -10,43 +10,17 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessorPil, ViTMAEConfig, ViTMAEForPreTraining
 
-from hf_ntp import load_protected, push_folder
+from hf_ntp import load_protected, push_folder, sign_folder
 from hf_ntp.publishing.hub import push_metric
 from hf_ntp.publishing.hub_requests import HubError
 from hf_ntp.publishing.record import RecordError, write_record
 
 from ..conftest import tiny_resnet, tiny_vit
 from ..hub_server import GIT_ATTRIBUTES, OWNER, READER, STRANGER, HubServer
+from .folders import make_keys, minimal_record
 
 REPO = "org/model"
 CARD = "---\nlicense: apache-2.0\ntags:\n- non-transferable-pruning\n---\n# A protected model\n"
-RECORD = {
-    "schema_version": 2,
-    "library": {"name": "hf_ntp", "version": "0.1.0"},
-    "environment": {},
-    "base_model": {"name": None, "revision": None, "weights": {"model.safetensors": "a" * 64}},
-    "authorized_domains": [
-        {"name": name, "dataset": name, "config": None, "revision": None, "fingerprint": {}, "classes": ["x"]}
-        for name in ("photos",)
-    ],
-    "unauthorized_domains": [
-        {"name": name, "dataset": name, "config": None, "revision": None, "fingerprint": {}, "classes": ["x"]}
-        for name in ("scans",)
-    ],
-    "terms": {"license": "apache-2.0", "text": "Photos only."},
-    "method": {"name": "non-transferable-pruning", "settings": {}},
-    "sparsity": {
-        "requested": 0.5,
-        "achieved": 0.5,
-        "prunable_weights": 10,
-        "live": 0.5,
-        "live_fraction": 1.0,
-        "layers": {},
-    },
-    "source_accuracy": None,
-    "evidence": [],
-    "not_tested": [],
-}
 # The small model of each kind that is pushed and loaded.
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
 MODELS = {
@@ -95,7 +69,7 @@ def write_folder(path, model=None, **files):
     (path / "README.md").write_text(CARD)
     for name, content in files.items():
         (path / name.replace("__", ".")).write_text(content)
-    write_record(path, RECORD)
+    write_record(path, minimal_record())
     return path
 
 
@@ -331,12 +305,27 @@ def test_changed_folders_are_not_published(hub, folder):
     assert not hub.log
 
 
-def test_a_folder_without_git_attributes(hub, folder):
+def test_without_git_attributes_those_of_the_hub_stay(hub, folder):
     (folder / ".gitattributes").unlink()
-    write_record(folder, RECORD)
-    with pytest.raises(ValueError, match=r"holds no \.gitattributes; needed"):
-        push_folder(folder, REPO)
+    push_folder(folder, REPO)
+    assert hub.model(REPO).files == {**content(folder), ".gitattributes": GIT_ATTRIBUTES}
+    load_protected(REPO, verify="digests")
+
+
+def test_signed_from_end_to_end(hub, folder, tmp_path):
+    secret, public = make_keys(tmp_path)
+    with pytest.raises(RecordError):
+        push_folder(folder, REPO, public_key=public)
     assert not hub.log
+    sign_folder(folder, secret)
+    push_folder(folder, REPO, public_key=public)
+    assert equal_weights(load_protected(REPO, public_key=public).model, tiny_vit())
+    assert "model.sig" in hub.model(REPO).files
+
+    repo = hub.model(REPO)
+    repo.commit("main", "tampered", {**repo.files, "README.md": b"changed"})
+    with pytest.raises(RecordError):
+        load_protected(REPO, public_key=public)
 
 
 def test_changes_on_the_hub_are_found(hub, folder):

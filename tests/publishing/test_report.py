@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,9 +8,9 @@ from PIL import Image
 
 from hf_ntp import read_record
 from hf_ntp.publishing.card import render_card
-from hf_ntp.publishing.report import results_table, write_report
+from hf_ntp.publishing.report import build_record, refresh_report, results_table, weight_digests, write_report
 
-from .conftest import BASE, SETTINGS, SOURCE, TARGET
+from .conftest import BASE, SETTINGS, SOURCE, SPARSITY, TARGET, make_record, make_results
 
 EXAMPLE = Path(__file__).parents[2] / "model_cards" / "example.md"
 
@@ -47,41 +48,106 @@ SLC-AUC normalized: mean accuracy gap to scratch; above 0 the checkpoint helps."
     assert "\n".join(line.rstrip() for line in results_table(results).splitlines()) == expected
 
 
-def test_the_card_is_the_committed_example(results, record):
+def test_the_card_is_the_committed_example(record):
     """Full match; after a wanted change write it anew: `python -m tests.publishing.test_report`."""
-    assert str(render_card(results, record, "org/photos-only", "apache-2.0")) == EXAMPLE.read_text()
+    assert str(render_card(record, "org/photos-only", ["slc.png"])) == EXAMPLE.read_text()
 
 
-def test_card_metadata(results, record):
-    data = ModelCard(str(render_card(results, record, "org/photos-only", "apache-2.0"))).data
+def test_card_metadata(record):
+    data = ModelCard(str(render_card(record, "org/photos-only"))).data
     assert data.license == "apache-2.0"
     assert data.base_model == "org/base"
     assert data.datasets == ["org/photos", "org/scans"]
     assert "non-transferable-pruning" in data.tags
+    assert data.extra_gated_prompt.startswith("Use on photos is authorized.")
     assert [(r.dataset_name, r.metric_type, r.metric_value) for r in data.eval_results] == [
         ("photos", "accuracy", 0.957),
-        ("scans", "slc_auc", 0.2),
         ("scans", "slc_auc", -0.075),
         ("scans", "slc_auc", 0.05),
     ]
 
 
-def test_the_folder(results, tmp_path):
+def test_a_card_without_measurements_says_so():
+    record = build_record(None, [SOURCE], [TARGET], BASE, SETTINGS, SPARSITY, terms="Photos only.")
+    card = str(render_card(record, "org/photos-only"))
+    assert "**Not measured.** The owner applied the protection and has published no evidence" in card
+    assert "Not measured by the owner." in card
+    assert "- Anything at all: no attack has been measured on these weights." in card
+    assert "Photos only." in card
+    assert "None" not in card
+
+
+@pytest.fixture
+def folder(results, record, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    write_report(tmp_path, results, SOURCE, TARGET, BASE, {"sparsity": 0.7})
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"README.md", "authorization.json", "model.safetensors", "results.json", "slc.png"}
-    assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert read_record(tmp_path)["unauthorized_domains"][0]["dataset"] == "org/scans"
-    with Image.open(tmp_path / "slc.png") as picture:
+    write_report(tmp_path, record, results, repo_id="org/photos-only")
+    return tmp_path
+
+
+def test_the_folder(results, folder):
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "README.md", "authorization.json", "model.safetensors", "results.json", "slc.png",
+    }  # fmt: skip
+    assert json.loads((folder / "results.json").read_text()) == results
+    record = read_record(folder)
+    assert record["unauthorized_domains"][0]["dataset"] == "org/scans"
+    assert set(record["files"]) == names - {"authorization.json"}
+    assert record["files"]["model.safetensors"] == hashlib.sha256(b"weights").hexdigest()
+    with Image.open(folder / "slc.png") as picture:
         assert picture.size[0] > 900
 
 
+def test_evidence_by_hand(record):
+    (measurement,) = record["evidence"]
+    assert measurement["attacks"]["mask_kept"]["retained_transfer"] == pytest.approx(-0.375)
+    assert measurement["worst_case"] == {
+        "attack": "dense", "slc_auc": pytest.approx(0.05), "retained_transfer": pytest.approx(0.25)
+    }  # fmt: skip
+    assert "linear probe" in record["not_tested"][0]
+    assert "dense," not in record["not_tested"][0]
+
+
+@pytest.fixture
+def written(tmp_path_factory):
+    """Write attacks to a file."""
+
+    def write(attacks):
+        path = tmp_path_factory.mktemp("attacks") / "results.json"
+        path.write_text(json.dumps(attacks))
+        return path
+
+    return write
+
+
+def test_attacks_are_added_to_record_card_and_figures(folder, attacks, written):
+    attacks["weights"] = weight_digests(folder)
+    (folder / "model.sig").write_text("signed")
+    refresh_report(folder, written(attacks), "org/photos-only")
+    record = read_record(folder)
+    assert [set(part["attacks"]) for part in record["evidence"]] == [{"mask_kept", "dense"}, {"dense", "lora"}]
+    assert record["evidence"][1]["attacks"]["lora"]["unprotected"] is None
+    assert " lora," not in record["not_tested"][0]
+    card = (folder / "README.md").read_text()
+    assert "| lora |  | -0.200 | [-0.300, -0.100] | -0.200 |  |" in card
+    assert "![Attacks on scans](attacks.png)" in card
+    assert {"attacks.json", "attacks.png"} <= set(record["files"])
+    assert not (folder / "model.sig").exists(), "it was made for other files"
+    refresh_report(folder)
+    assert read_record(folder) == record | {"files": read_record(folder)["files"]}
+    (folder / "model.safetensors").write_bytes(b"Weights")
+    with pytest.raises(ValueError, match="not those that its record speaks of"):
+        refresh_report(folder)
+
+
+def test_attacks_on_another_model_or_domain_are_refused(folder, attacks, written):
+    attacks["weights"] = {"model.safetensors": "a" * 64}
+    with pytest.raises(ValueError, match="weights are not those of"):
+        refresh_report(folder, written(attacks))
+    attacks |= {"weights": weight_digests(folder), "target": "mnist"}
+    with pytest.raises(ValueError, match=r"domain mnist; needed: .*org/scans"):
+        refresh_report(folder, written(attacks))
+
+
 if __name__ == "__main__":
-    from hf_ntp.publishing.report import build_record
-
-    from .conftest import WEIGHTS, make_results
-
-    made = make_results()
-    written = build_record(made, SOURCE, TARGET, BASE, WEIGHTS, SETTINGS)
-    EXAMPLE.write_text(str(render_card(made, written, "org/photos-only", "apache-2.0")))
+    EXAMPLE.write_text(str(render_card(make_record(make_results()), "org/photos-only", ["slc.png"])))

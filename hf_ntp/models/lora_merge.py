@@ -1,0 +1,78 @@
+"""Merge a LoRA adapter into a protected model without filling its zeros."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from peft import LoraModel, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .encoder import noted_prunable_weights
+
+# What adapters put between a layer and its weights, in the names of parameters.
+_WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.)")
+
+
+def merge_lora(model: PeftModel) -> PreTrainedModel:
+    """Merge the active LoRA adapter and set the pruned weights of the base model to zero again.
+
+    The adapter's update is dense, so that plain ``merge_and_unload`` undoes the pruning. Here, what the update adds at
+    pruned weights is dropped: the merged model answers somewhat differently from the model with the adapter. Modules
+    that the adapter trained in full (``modules_to_save``, a new head for example) come along as they were trained,
+    except that their prunable weights keep the zeros too.
+
+    Args:
+        model: A protected model with an adapter, as ``peft.get_peft_model`` or ``PeftModel.from_pretrained`` gives it.
+            It is used up: the result holds its weights.
+
+    Returns:
+        The `transformers` model with exactly the zeros of the base model among its prunable weights; all of its
+        parameters are trainable.
+
+    Raises:
+        TypeError: If ``model`` is no ``PeftModel`` around a `transformers` model.
+        ValueError: If the adapter is no LoRA or is merged already, or the base model notes no pruning or has no zeros.
+    """
+    if not isinstance(model, PeftModel) or not isinstance(base := model.get_base_model(), PreTrainedModel):
+        raise TypeError(
+            f"the model is {type(model).__name__}; needed: a peft.PeftModel around a transformers model. Load the "
+            "adapter with PeftModel.from_pretrained(base_model, adapter)."
+        )
+    if not isinstance(model.base_model, LoraModel):
+        raise ValueError(f"the adapter is {model.active_peft_config.peft_type}; needed: LoRA.")
+    notes = getattr(base.config, "ntp", None) or {}
+    if not notes:
+        raise ValueError(
+            "the base model's config has no ntp; needed: the notes of a protected model. Merge adapters of other "
+            "models with merge_and_unload()."
+        )
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
+        raise ValueError(
+            "the adapter is merged already, and its update fills the zeros; needed: base model and adapter apart. "
+            "Load both anew and leave out merge_adapter()."
+        )
+    zeros = _base_zeros(base)
+    plain = model.merge_and_unload(safe_merge=True)
+    plain.requires_grad_(True)
+    prunable = noted_prunable_weights(plain)
+    if not any(bool(zeros[name].any()) for name in prunable):
+        raise ValueError(
+            f"none of the base model's prunable weights is zero; needed: the sparsity that config.ntp notes {notes}. "
+            "The base model was changed after it was loaded, or saved with a merged adapter: load the protected one."
+        )
+    with torch.no_grad():
+        for name, weight in prunable.items():
+            weight.masked_fill_(zeros[name].to(weight.device), 0)
+    return plain
+
+
+def _base_zeros(base: PreTrainedModel) -> dict[str, Tensor]:
+    """Where the parameters of a model with adapters are zero, under the names that they have without adapters."""
+    return {
+        _WRAPPERS.sub("", name): parameter == 0
+        for name, parameter in base.named_parameters()
+        if ".modules_to_save." not in name
+    }

@@ -1,0 +1,86 @@
+"""Measurements in the form of the authorization record: what each attack got out of the published weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..attacks import ATTACKS
+
+# Attacks of the standard measurement, and the arms that they are in `results.json`.
+STANDARD = {"mask_kept": ("protected_mask", "mask"), "dense": ("protected_dense", "dense")}
+
+# What no measurement of this library shows, whatever it finds.
+_BEYOND = (
+    "Other attacks than those, other optimizers, learning rates or longer training than those named with a "
+    "measurement, and more labelled unauthorized images than its largest size.",
+    "Other domains than those named here. Protection is not a ban on other uses, and no claim is made about them.",
+    "Protection of the weights against copying, or of the model's outputs against imitation.",
+)
+
+
+def standard_measurement(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Entry of "evidence" for a run's standard comparison.
+
+    Args:
+        results: Content of ``results.json``.
+    """
+    slc, areas = results["slc"], results["slc_auc"]
+    attacks = {
+        name: {
+            "protected": areas[arm],
+            "unprotected": areas["unprotected"],
+            "retained_transfer": results["retained_transfer"][share],
+        }
+        for name, (arm, share) in STANDARD.items()
+    }
+    worst = max(attacks, key=lambda name: attacks[name]["protected"]["normalized"])
+    return {
+        "domain": results["target"]["domain"],
+        **{key: slc[key] for key in ("sample_sizes", "seeds", "protocol", "scratch_convergence")},
+        "attacks": attacks,
+        "worst_case": {
+            "attack": worst,
+            "slc_auc": attacks[worst]["protected"]["normalized"],
+            "retained_transfer": attacks[worst]["retained_transfer"],
+        },
+    }
+
+
+def suite_measurement(attacks: Mapping[str, Any], domain: str) -> dict[str, Any]:
+    """Entry of "evidence" for an attack suite.
+
+    Args:
+        attacks: What :func:`hf_ntp.evaluation.suite.run_attacks` returns.
+        domain: Name of the unauthorized domain.
+    """
+    protected, unprotected = attacks["starts"]["protected"], attacks["starts"].get("unprotected", {})
+    return {
+        "domain": domain,
+        **{key: attacks[key] for key in ("sample_sizes", "seeds", "protocol")},
+        "scratch_convergence": None,
+        "attacks": {
+            name: {
+                "protected": _area(entry),
+                "unprotected": _area(unprotected[name]) if name in unprotected else None,
+                "retained_transfer": attacks["retained_transfer"]["protected"][name],
+            }
+            for name, entry in protected.items()
+        },
+        "worst_case": attacks["worst_case"]["protected"],
+    }
+
+
+def _area(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: entry[key] for key in ("nats", "decades", "normalized", "ci", "seeds")}
+
+
+def not_tested(evidence: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What is not claimed, given the measurements of a record: first the attacks of this library that were not run."""
+    evidence = list(evidence)
+    if not evidence:
+        return ["Anything at all: no attack has been measured on these weights.", *_BEYOND[1:]]
+    run = {name for measurement in evidence for name in measurement["attacks"]}
+    missing = [name.replace("_", " ") for name in ATTACKS if name not in run]
+    first = [f"Attacks of hf_ntp that were not run on these weights: {', '.join(missing)}."] if missing else []
+    return [*first, *_BEYOND]

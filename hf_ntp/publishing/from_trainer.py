@@ -1,0 +1,62 @@
+"""From a trainer to the folder that is published, where nothing has been measured yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..data import DomainReference
+from ..evaluation.measure import measure_sparsity
+from .report import build_record, write_report
+
+if TYPE_CHECKING:
+    from ..training.trainer import NTPTrainer
+
+
+def write_folder(
+    trainer: NTPTrainer,
+    folder: str | Path,
+    repo_id: str = "path/to/this/folder",
+    source: Sequence[DomainReference] | None = None,
+    targets: Sequence[DomainReference] | None = None,
+    license: str = "other",
+    terms: str | None = None,
+) -> None:
+    """Write a trainer's protected model with image processor, record and card; these say that nothing was measured.
+
+    Args:
+        trainer: After ``train``.
+        folder: Where to; made when missing.
+        repo_id: What the card tells users to pass to ``from_pretrained``.
+        source: Authorized domains; default: one called "source" with the classes of the model.
+        targets: Unauthorized domains; default: those of the trainer by name, with numbered classes.
+        license: Licence id as the Hub spells it.
+        terms: What the owner allows, in words.
+
+    Raises:
+        ValueError: If the model is not protected yet.
+    """
+    model = trainer.model
+    if not getattr(model.config, "ntp", None):
+        raise ValueError(
+            "the trainer's model is not protected yet: its config has no entry 'ntp'; needed: a finished train(). "
+            "Train first, or resume the run."
+        )
+    model.save_pretrained(folder)
+    if trainer.processing_class is not None:
+        trainer.processing_class.save_pretrained(folder)
+    classes = [str(label) for label in (model.config.id2label or {}).values()]
+    named = {name: [str(i) for i in range(int(labels.max()) + 1)] for name, labels in trainer.target_labels.items()}
+    name, revision = getattr(model.config, "_name_or_path", ""), getattr(model.config, "_commit_hash", None)
+    record = build_record(
+        None,
+        source or [DomainReference("source", "source", None, None, {}, classes)],
+        targets or [DomainReference(name, name, None, None, {}, labels) for name, labels in named.items()],
+        {"name": name if revision else None, "revision": revision, "weights": None},
+        trainer.args.summary(),
+        measure_sparsity(model, trainer.train_dataset.source),
+        license,
+        terms,
+    )
+    write_report(folder, record, repo_id=repo_id)
