@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from .hub_requests import REQUEST_TIMEOUT, bounded_requests, explained
+from .fetching import fetch_checkpoint
+from .hub_requests import REQUEST_TIMEOUT
 from .record import RecordError, read_record
 from .verify import verify_folder
 
@@ -63,7 +62,7 @@ def load_protected(
         HubError: If the Hub cannot be reached or refuses, and the cache does not have it.
     """
     _check_arguments(verify, public_key, model_kwargs)
-    folder, blobs = _fetch(id_or_path, revision, token, timeout)
+    folder, blobs = fetch_checkpoint(id_or_path, revision, token, timeout)
     record = verify_folder(folder, public_key, links_into=blobs).record if verify else _record_if_valid(folder, blobs)
     return Protected(_load_model(folder, model_kwargs), _load_processor(folder), record)
 
@@ -86,26 +85,6 @@ def _check_arguments(verify: Any, public_key: str | Path | None, model_kwargs: d
             "weights are read as safetensors and from the verified folder alone. Leave it out, or use "
             "from_pretrained, which checks nothing."
         )
-
-
-def _fetch(
-    id_or_path: str | Path, revision: str | None, token: str | bool | None, timeout: float
-) -> tuple[Path, Path | None]:
-    """Return the model's folder, and the one that links in it may point into."""
-    if Path(id_or_path).is_dir():
-        if revision is not None:
-            raise ValueError(f"found revision={revision!r} with the folder {id_or_path}; needed: a repository's name")
-        return Path(id_or_path), None
-    try:
-        with bounded_requests(timeout), explained(f"loading {id_or_path}"):
-            folder = Path(snapshot_download(str(id_or_path), revision=revision, token=token))
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"{id_or_path} is neither a folder nor a name on the Hub; needed: the folder of a protected model, or a "
-            "name such as 'org/model'. Check the path."
-        ) from error
-    # The cache keeps <repository>/snapshots/<commit>/ of links into <repository>/blobs/.
-    return folder, folder.parent.parent / "blobs"
 
 
 def _record_if_valid(folder: Path, links_into: Path | None) -> dict[str, Any] | None:

@@ -10,7 +10,8 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessorPil, ViTMAEConfig, ViTMAEForPreTraining
 
-from hf_ntp import load_protected, push_folder, sign_folder
+from hf_ntp import load_protected, push_folder, read_record, sign_folder
+from hf_ntp.publishing.fetching import fetch_record, verify_checkpoint
 from hf_ntp.publishing.hub import push_metric
 from hf_ntp.publishing.hub_requests import HubError
 from hf_ntp.publishing.record import RecordError, write_record
@@ -326,6 +327,19 @@ def test_signed_from_end_to_end(hub, folder, tmp_path):
     repo.commit("main", "tampered", {**repo.files, "README.md": b"changed"})
     with pytest.raises(RecordError):
         load_protected(REPO, public_key=public)
+
+
+def test_verification_and_record_by_name(hub, folder):
+    push_folder(folder, REPO)
+    assert not verify_checkpoint(REPO).signed
+    hub.log.clear()
+    assert fetch_record(REPO) == fetch_record(folder) == read_record(folder)
+    assert not hub.requests(".*safetensors")
+    HfApi().create_repo("org/empty")
+    with pytest.raises(RecordError, match=r"holds no authorization\.json"):
+        fetch_record("org/empty")
+    with pytest.raises(HubError, match="exists"):
+        fetch_record("org/missing")
 
 
 def test_changes_on_the_hub_are_found(hub, folder):
