@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .evaluation.summary import summarize
     from .models.lora_merge import merge_lora
     from .models.sparse_storage import compress_folder, expand_folder
+    from .publishing.hub import push_folder, push_metric
+    from .publishing.loading import Protected, load_protected
     from .publishing.record import read_record
     from .publishing.signing import sign_folder
     from .publishing.verify import verify_folder
@@ -47,12 +49,16 @@ _HOMES = {
     "NTPConfig": "training.config",
     "NTPTrainer": "training.trainer",
     "PixelDataset": "data",
+    "Protected": "publishing.loading",
     "compress_folder": "models.sparse_storage",
     "expand_folder": "models.sparse_storage",
     "load_domain": "data",
+    "load_protected": "publishing.loading",
     "measure_protection": "evaluation.measure",
     "merge_lora": "models.lora_merge",
     "nested_subsets": "data",
+    "push_folder": "publishing.hub",
+    "push_metric": "publishing.hub",
     "read_record": "publishing.record",
     "sample_wise_learning_curves": "evaluation.runner",
     "sign_folder": "publishing.signing",
@@ -75,12 +81,16 @@ __all__ = [
     "NTPConfig",
     "NTPTrainer",
     "PixelDataset",
+    "Protected",
     "compress_folder",
     "expand_folder",
     "load_domain",
+    "load_protected",
     "measure_protection",
     "merge_lora",
     "nested_subsets",
+    "push_folder",
+    "push_metric",
     "read_record",
     "sample_wise_learning_curves",
     "sign_folder",

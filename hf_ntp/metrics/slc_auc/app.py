@@ -15,7 +15,8 @@ def parse(text: str) -> list[list[float]]:
 
 def score(transfer: str, scratch: str, sizes: str) -> dict[str, float]:
     """Compute SLC-AUC of curves typed as text: one line per seed, one number per sample size."""
-    metric = evaluate.load(str(Path(__file__).parent))
+    # The script, not its folder: evaluate takes a folder for a script of the folder's name, and Spaces lie in "app".
+    metric = evaluate.load(str(Path(__file__).with_name("slc_auc.py")))
     return metric.compute(
         predictions=parse(transfer), references=parse(scratch), sample_sizes=[int(size) for size in parse(sizes)[0]]
     )
