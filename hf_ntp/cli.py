@@ -94,7 +94,7 @@ def _verify_options(parser: ArgumentParser) -> None:
 
 
 def _verify(options: Namespace) -> dict[str, Any]:
-    from .publishing.hub import verify_checkpoint
+    from .publishing.fetching import verify_checkpoint
 
     found = verify_checkpoint(options.checkpoint, options.revision, options.public_key, options.token)
     return {"signature_checked": found.signed, "files": found.files, "record": found.record}
@@ -135,7 +135,7 @@ def _push(options: Namespace) -> dict[str, Any]:
 
 
 def _info(options: Namespace) -> dict[str, Any]:
-    from .publishing.hub import fetch_record
+    from .publishing.fetching import fetch_record
 
     return fetch_record(options.checkpoint, options.revision, options.token)
 

@@ -5,10 +5,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 from torch.utils.data import Dataset
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+
+from .hub_server import OWNER, HubServer
 
 torch.set_num_threads(1)
 
@@ -56,3 +60,19 @@ def tiny_resnet(num_labels=3, seed=0):
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=num_labels
     )
     return ResNetForImageClassification(config)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub for this process: huggingface_hub reads its settings from here whenever it needs them."""
+    with HubServer() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", OWNER)
+        yield server
+    # No connection to a server that is gone is kept for the next test.
+    huggingface_hub.close_session()

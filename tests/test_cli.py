@@ -10,7 +10,7 @@ import pytest
 from hf_ntp import cli, verify_folder
 from hf_ntp.publishing.report import weight_digests, write_report
 
-from .publishing.conftest import attacks, make_record, make_results  # noqa: F401 (a fixture)
+from .publishing.conftest import make_attacks, make_record, make_results
 from .publishing.folders import make_folder, make_keys
 
 
@@ -27,9 +27,9 @@ def run(capsys, *argv):
     return code, capsys.readouterr()
 
 
-def test_a_folder_from_report_to_verification(folder, tmp_path, attacks, capsys):
+def test_a_folder_from_report_to_verification(folder, tmp_path, capsys):
     private, public = make_keys(tmp_path)
-    (tmp_path / "attacks.json").write_text(json.dumps(attacks | {"weights": weight_digests(folder)}))
+    (tmp_path / "attacks.json").write_text(json.dumps(make_attacks() | {"weights": weight_digests(folder)}))
     code, _ = run(capsys, "report", folder, "--attacks", tmp_path / "attacks.json", "--repo_id", "org/photos-only")
     assert code == 0
     assert "![Attacks on scans](attacks.png)" in (folder / "README.md").read_text()

@@ -1,14 +1,21 @@
 """The README's Python runs as written, on small models and few steps."""
 
+import json
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 from transformers import ViTImageProcessorPil
 
 import hf_ntp
+from hf_ntp import cli
+from hf_ntp.publishing.report import weight_digests, write_report
 
 from .conftest import tiny_vit
+from .publishing.conftest import make_attacks, make_record, make_results
+from .publishing.folders import make_folder
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -29,7 +36,7 @@ def test_python_examples(blocks, tmp_path, monkeypatch):
         "steps=600, learning_rates=(3e-4, 1e-3, 3e-3)": "steps=21",
         "sample_sizes=[10, 30, 100],\n    protocol": "sample_sizes=[10, 30], seeds=[0], jobs=1, protocol",
     }
-    code = "\n".join(blocks)
+    code = "\n".join(block for block in blocks if "load_protected" not in block)
     for written, quick in shorter.items():
         assert written in code, written
         code = code.replace(written, quick)
@@ -37,6 +44,28 @@ def test_python_examples(blocks, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), space)
     assert space["measured"].sparsity.achieved == pytest.approx(0.6, abs=1e-3)
     assert (tmp_path / "runs" / "mine" / "protected" / "model.safetensors").exists()
+
+
+def test_publish_commands(hub, tmp_path, monkeypatch):
+    """From a measured folder to a model on a Hub that others verify, with the commands as they stand."""
+    (commands,) = re.findall(r"<!-- publish commands -->\n```bash\n(.*?)```", README, re.S)
+    monkeypatch.chdir(tmp_path)
+    folder = make_folder(tmp_path / "runs" / "ntp_vit" / "protected")
+    write_report(folder, make_record(make_results()), make_results())
+    (tmp_path / "runs" / "attacks").mkdir()
+    attacks = make_attacks() | {"weights": weight_digests(folder)}
+    (tmp_path / "runs" / "attacks" / "results.json").write_text(json.dumps(attacks))
+    for line in commands.replace("ORG/NAME", "org/NAME").strip().splitlines():
+        program, *words = shlex.split(line)
+        if program == "hf-ntp":
+            assert cli.main(words) == 0, line
+        else:
+            subprocess.run([program, *words], check=True, capture_output=True, timeout=60)
+    (loading,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "load_protected" in block]
+    space = {}
+    exec(compile(loading.replace("ORG/NAME", "org/NAME"), "README.md", "exec"), space)
+    assert type(space["model"]).__name__ == "ViTForImageClassification"
+    assert hub.model("org/NAME").private
 
 
 def test_public_names():

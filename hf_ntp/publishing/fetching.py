@@ -21,7 +21,7 @@ class Fetched(NamedTuple):
 
     folder: Path
     links_into: Path | None
-    """Where symbolic links in it may lead: the files' store in the Hugging Face cache; None for a plain folder."""
+    """Where symbolic links in it may lead: the Hugging Face cache; None for a plain folder."""
 
 
 def fetch_checkpoint(
@@ -95,8 +95,8 @@ def fetch_record(
 
 
 def _in_cache(snapshot: Path) -> Fetched:
-    # The cache keeps <repository>/snapshots/<commit>/ of links into <repository>/blobs/.
-    return Fetched(snapshot, snapshot.parent.parent / "blobs")
+    # The cache keeps <repository>/snapshots/<commit>/ of links into blobs/, of the repository or of the whole cache.
+    return Fetched(snapshot, snapshot.parents[2])
 
 
 def _refuse_revision(id_or_path: str | Path, revision: str | None) -> None:

@@ -69,8 +69,7 @@ def area(value, spread=0.1):
     return {"nats": value, "decades": value, "normalized": value, "ci": interval, "seeds": [value, value]}
 
 
-@pytest.fixture
-def attacks():
+def make_attacks():
     """Two attacks, one of which does not apply to the unprotected model."""
     entries = {"dense": area(0.05), "lora": area(-0.2)}
     tuned = {name: {"accuracies": [[0.3, 0.6]] * 2, "tuned": [1e-3, 1e-3], "at_edge": 0} for name in entries}
@@ -90,3 +89,8 @@ def attacks():
             "unprotected": {"attack": "dense", "slc_auc": 0.2, "retained_transfer": 1.0},
         },
     }
+
+
+@pytest.fixture
+def attacks():
+    return make_attacks()

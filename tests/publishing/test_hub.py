@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, constants
@@ -15,9 +14,10 @@ from hf_ntp.publishing.fetching import fetch_record, verify_checkpoint
 from hf_ntp.publishing.hub import push_metric
 from hf_ntp.publishing.hub_requests import HubError
 from hf_ntp.publishing.record import RecordError, write_record
+from hf_ntp.publishing.report import compress_report
 
 from ..conftest import tiny_resnet, tiny_vit
-from ..hub_server import GIT_ATTRIBUTES, OWNER, READER, STRANGER, HubServer
+from ..hub_server import GIT_ATTRIBUTES, OWNER, READER, STRANGER
 from .folders import make_keys, minimal_record
 
 REPO = "org/model"
@@ -39,22 +39,6 @@ MODELS = {
     ),
     "dinov2": lambda: Dinov2Model(Dinov2Config(**TINY)),
 }
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub for this process: huggingface_hub reads its settings from here whenever it needs them."""
-    with HubServer() as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", OWNER)
-        yield server
-    # No connection to a server that is gone is kept for the next test.
-    huggingface_hub.close_session()
 
 
 @pytest.fixture
@@ -88,12 +72,22 @@ def equal_weights(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("stored", ["dense", "sparse"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_what_is_pushed_is_loaded(hub, tmp_path, kind):
+def test_what_is_pushed_is_loaded(hub, tmp_path, kind, stored):
     model = MODELS[kind]()
+    if stored == "sparse":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.masked_fill_(torch.rand(parameter.shape) < 0.95, 0.0)
     folder = write_folder(tmp_path / "made", model)
+    if stored == "sparse":
+        folder = compress_report(folder, tmp_path / "small")
+        assert not (folder / "model.safetensors").exists()
+    private, public = make_keys(tmp_path)
+    sign_folder(folder, private)
     push_folder(folder, REPO)
-    loaded = load_protected(REPO, verify="digests")
+    loaded = load_protected(REPO, public_key=public)
     assert type(loaded.model) is type(model)
     assert equal_weights(loaded.model, model)
     assert loaded.processor.size == {"height": 8, "width": 8}

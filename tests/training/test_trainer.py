@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from hf_ntp import NTPConfig, NTPTrainer
+from hf_ntp import NTPConfig, NTPTrainer, load_protected
 from hf_ntp.functional import uniform_cross_entropy, whitened_discriminant
 from hf_ntp.models import scale_free_weights, zero_fraction
 from hf_ntp.training.guard import SourceGuard
@@ -403,3 +403,30 @@ def test_target_labels_that_are_no_classes(tmp_path, label, message):
 def test_losses_that_stop_being_finite_stop_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match=r"source_loss.* stopped being finite by step 3"):
         trainer(tmp_path, learning_rate=1e30, max_grad_norm=0).train()
+
+
+def test_push_to_hub(hub, tmp_path):
+    """Private, one commit, and a card that says that nothing was measured."""
+    ours = trainer(tmp_path, hub_model_id="org/model")
+    with pytest.raises(ValueError, match="not protected yet"):
+        ours.push_to_hub()
+    ours.train()
+    ours.push_to_hub(license="apache-2.0", terms="Photos only.")
+    repo = hub.model("org/model")
+    assert repo.private
+    assert [commit.message for commit in repo.commits] == ["initial commit", "End of training"]
+    assert b"**Not measured.**" in repo.files["README.md"]
+    loaded = load_protected("org/model", verify="digests")
+    assert all(torch.equal(loaded.model.state_dict()[name], w) for name, w in ours.model.state_dict().items())
+    assert (loaded.record["terms"]["text"], loaded.record["evidence"]) == ("Photos only.", [])
+    assert loaded.record["sparsity"]["achieved"] == pytest.approx(0.6, abs=1e-3)
+    assert loaded.record["unauthorized_domains"][0]["classes"] == ["0", "1", "2", "3"]
+
+
+def test_push_at_the_end_of_training(hub, tmp_path):
+    ours = trainer(tmp_path, hub_model_id="org/model", push_to_hub=True, hub_strategy="end")
+    assert hub.model("org/model").private, "Trainer makes the repository before it trains"
+    ours.train()
+    ours.save_model()
+    assert "authorization.json" in hub.model("org/model").files
+    assert [name for name in hub.model("org/model").files if "checkpoint" in name] == []
