@@ -17,12 +17,13 @@ CSS = """
 .ntp-scroll { overflow-x: auto; margin: 8px 0; }
 .ntp-table, .ntp-table tr { border: 0 !important; }
 .ntp-table { border-collapse: collapse; width: 100%; font-size: 0.92em; }
-.ntp-table th, .ntp-table td { padding: 5px 10px; border: solid var(--border-color-primary) !important;
+.ntp-table th, .ntp-table td { padding: 5px 10px; border-style: solid !important;
   border-width: 0 0 1px !important; text-align: left; font-weight: 400; }
+.gradio-container .ntp-table :is(tr, th, td) { border-color: var(--border-color-primary) !important; }
 .ntp-table thead th { font-weight: 600; vertical-align: bottom; }
 .ntp-table .ntp-number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .ntp-table thead .ntp-number { white-space: normal; }
-.ntp-table tbody th { min-width: 8em; }
+.ntp-table tbody th { min-width: 6em; }
 .ntp-picture { width: 100%; max-width: 860px; height: auto; border-radius: 6px; background: white; }
 .ntp-bars { max-height: 26em; overflow-y: auto; font-size: 0.9em; }
 .ntp-bar { display: grid; grid-template-columns: minmax(0, 5fr) minmax(60px, 4fr) 9em; gap: 4px 12px;
@@ -48,6 +49,8 @@ CSS = """
   cursor: pointer; }
 .ntp-examples > div:last-child { display: flex; flex-wrap: wrap; gap: 6px; }
 .ntp-examples button { padding: 3px; display: grid; justify-items: center; font-size: 0.85em; }
+.html-container { padding-left: 0 !important; padding-right: 0 !important; }
+.ntp-examples button { margin: 0 !important; line-height: 1.3; }
 .ntp-examples button > * { margin: 0 !important; }
 .ntp-examples img { width: 56px; height: 56px; image-rendering: pixelated; border-radius: 4px; }
 .ntp-paper button:hover, .ntp-examples button:hover { border-color: #00798c; }
@@ -56,6 +59,7 @@ CSS = """
 @media (max-width: 600px) {
   .gradio-container { padding: 8px !important; }
   .tab-container button { padding: 0 9px !important; font-size: 14px; }
+  .ntp-table th, .ntp-table td { padding: 5px 6px; }
   .ntp-examples img { width: 48px; height: 48px; }
   .ntp-bar { grid-template-columns: 1fr 9em; } .ntp-name { grid-column: 1 / 3; }
 }
