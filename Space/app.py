@@ -2,7 +2,7 @@
 
     python Space/app.py
 
-shows the quick demo model (built first, in about a minute, where it is missing). NTP_MODEL names another one, a folder
+shows the quick demo model (built first, in a few minutes, where it is missing). NTP_MODEL names another one, a folder
 or a Hub id; see README.md for the other variables.
 """
 

@@ -25,8 +25,8 @@ WHAT_ONE_SEES = (
     "the protection is about fine-tuning, and the Evidence tab shows what that is worth."
 )
 QUICK_DEMO = (
-    "Quick demo model: trained, protected and attacked in about a minute to show this page at work. Its numbers are "
-    "those of a shortened run and say nothing about the strength of the method."
+    "Quick demo model: trained, protected and attacked in a few minutes to show this page at work. Its numbers "
+    "are those of a shortened run and say nothing about the strength of the method."
 )
 # Several visitors at once, but not more computations than a small machine bears.
 _AT_ONCE = 4
@@ -166,7 +166,7 @@ def _on_example(classifiers: Classifiers, domain: str, authorized: bool, example
 def _evidence(showcase: Showcase) -> str:
     if showcase.record is None:
         return words.note(f"No evidence: {showcase.problem}", "warning")
-    parts = [words.note(QUICK_DEMO, "warning")] if showcase.settings.demo else []
+    parts = []
     if showcase.results is not None:
         try:
             curves = words.picture(learning_curves(showcase.results), "Learning curves; the table has their numbers")
@@ -184,17 +184,18 @@ def _verify(showcase: Showcase) -> None:
     if showcase.folder is None:
         gr.HTML(words.note(f"Nothing to verify: {showcase.problem}", "warning"))
         return
-    state = gr.HTML(_state(showcase), elem_id="state")
+    state = gr.HTML(signature_state(showcase), elem_id="state")
     key = gr.File(
         label="Public key of the owner (optional): checks the signature", height=130, elem_id="key"
     )  # fmt: skip
-    key.upload(partial(_check_key, showcase), key, state, api_name="verify", show_progress="minimal")
-    key.clear(partial(_state, showcase), None, state, api_visibility="private", show_progress="hidden")
+    key.upload(partial(check_key, showcase), key, state, api_name="verify", show_progress="minimal")
+    key.clear(partial(signature_state, showcase), None, state, api_visibility="private", show_progress="hidden")
     if showcase.record is not None:
         gr.HTML(words.record_words(showcase.record), elem_classes="ntp-words", elem_id="record")
 
 
-def _state(showcase: Showcase) -> str:
+def signature_state(showcase: Showcase) -> str:
+    """Say whether the files are those of the record, and whether the owner signed them."""
     if showcase.problem is not None:
         return words.note(showcase.problem, "bad")
     files = "All files are those the record speaks of"
@@ -207,11 +208,12 @@ def _state(showcase: Showcase) -> str:
     )
 
 
-def _check_key(showcase: Showcase, path: str | None) -> str:
+def check_key(showcase: Showcase, path: str | None) -> str:
+    """Check the signature with a visitor's key and say how it went."""
     from hf_ntp import verify_folder
 
     if path is None or showcase.folder is None:
-        return _state(showcase)
+        return signature_state(showcase)
     try:
         verify_folder(showcase.folder, path, links_into=links_into(showcase.settings))
     except (OSError, ValueError) as error:

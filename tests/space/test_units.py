@@ -4,8 +4,10 @@ import base64
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from .conftest import SPACE
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[space]'")
 
-from ntp_space import score, words
+from ntp_space import page, score, words
 from ntp_space.classifiers import Classifiers
 from ntp_space.images import domain_examples, read_drawing, read_image
 from ntp_space.settings import Settings
@@ -29,6 +31,19 @@ def data_url(image):
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def make_keys(folder):
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    folder.mkdir()
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    (folder / "private.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (folder / "public.pem").write_bytes(public)
+    return folder / "private.pem", folder / "public.pem"
 
 
 def paper():
@@ -184,9 +199,6 @@ def test_the_verdict_claims_no_more_than_the_interval(area, words_):
 
 
 def test_changed_files_are_not_shown(folders, tmp_path):
-    import shutil
-    from dataclasses import replace
-
     copy = tmp_path / "protected"
     shutil.copytree(folders.model, copy)
     (copy / "results.json").write_text("{}")
@@ -196,16 +208,38 @@ def test_changed_files_are_not_shown(folders, tmp_path):
     assert showcase.labels == ()
 
 
-def test_a_missing_model_is_a_problem_and_no_crash(folders):
-    from dataclasses import replace
+def test_signatures(folders, tmp_path):
+    pytest.importorskip("model_signing", reason="model-signing is not installed: pip install -e '.[signing]'")
+    from hf_ntp import sign_folder
 
+    (private, public), (_, stranger) = (make_keys(tmp_path / name) for name in ("owner", "stranger"))
+    copy = tmp_path / "protected"
+    shutil.copytree(folders.model, copy)
+    sign_folder(copy, private)
+    unsure = open_showcase(replace(folders, model=str(copy)))
+    assert not unsure.signed
+    assert "not checked" in page.signature_state(unsure)
+    assert "ntp-good" in page.check_key(unsure, str(public))
+    assert "ntp-bad" in page.check_key(unsure, str(stranger))
+    sure = open_showcase(replace(folders, model=str(copy), public_key=str(public)))
+    assert sure.signed
+    assert "ntp-good" in page.signature_state(sure)
+    assert list(Classifiers(sure).load()) == ["unprotected", "protected"]
+    assert open_showcase(replace(folders, model=str(copy), public_key=str(stranger))).record is None
+
+
+def test_a_page_without_a_model_still_scores(folders):
+    broken = open_showcase(replace(folders, model="/nowhere/x"))
+    assert "/nowhere/x" in page.signature_state(broken)
+    page.build_page(broken, None)
+
+
+def test_a_missing_model_is_a_problem_and_no_crash(folders):
     showcase = open_showcase(replace(folders, model="/nowhere/x"))
     assert showcase.problem
 
 
 def test_the_protected_model_alone(folders):
-    from dataclasses import replace
-
     classifiers = Classifiers(open_showcase(replace(folders, unprotected=None)))
     assert list(classifiers.load()) == ["protected"]
     answer = classifiers.load()["protected"].predict(Image.new("RGB", (9, 9)))
