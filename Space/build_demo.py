@@ -21,7 +21,7 @@ from ntp_space.settings import SPACE, Settings, demo_run
 RECIPE = SPACE.parent / "recipes" / "ntp_vit.py"
 SOURCE, TARGET = "mnist", "optdigits"
 OPTIONS = (
-    "--pretrain_steps 600 --pretrain_learning_rate 3e-3 --max_steps 600 --warmup_steps 20 --logging_steps 100 "
+    "--pretrain_steps 1200 --pretrain_learning_rate 2e-3 --max_steps 600 --warmup_steps 20 --logging_steps 100 "
     "--save_strategy no --report_to none "
     "--sample_sizes 10 30 100 --attack_seeds 0 1 --attack_steps 150 --attack_learning_rates 1e-3"
 )
