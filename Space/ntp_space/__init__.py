@@ -1,0 +1,1 @@
+"""What the Space shows and how it answers; `app.py` starts it."""
