@@ -14,7 +14,7 @@ from PIL import Image
 from . import score, words
 from .classifiers import Classifiers
 from .images import DIGITS, Example, domain_examples, read_drawing, read_image
-from .showcase import Showcase, learning_curves, links_into
+from .showcase import Showcase, learning_curves
 from .widgets import example_buttons, sketch_paper
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ def check_key(showcase: Showcase, path: str | None) -> str:
     if path is None or showcase.folder is None:
         return signature_state(showcase)
     try:
-        verify_folder(showcase.folder, path, links_into=links_into(showcase.settings))
+        verify_folder(showcase.folder, path, links_into=showcase.links_into)
     except (OSError, ValueError) as error:
         return words.note(str(error), "bad")
     return words.note("All files are those the record speaks of, and the signature is valid for this key.", "good")

@@ -20,6 +20,7 @@ class Showcase:
     Args:
         settings: Where it came from.
         folder: Local folder of the protected model, or None.
+        links_into: Where links in it may lead: the Hugging Face cache, for a download.
         record: Its authorization record, verified, or None.
         signed: Whether the owner's signature was checked and is valid.
         problem: Why there is no verified model, or None.
@@ -29,6 +30,7 @@ class Showcase:
 
     settings: Settings
     folder: Path | None = None
+    links_into: Path | None = None
     record: dict[str, Any] | None = None
     signed: bool = False
     problem: str | None = None
@@ -42,14 +44,17 @@ def open_showcase(settings: Settings) -> Showcase:
     A model that does not match its record is not shown: the page then says why, and its other parts work.
     """
     from hf_ntp import verify_folder
+    from hf_ntp.publishing.fetching import fetch_checkpoint
 
-    folder = None
+    folder, links = None, None
     try:
-        folder = local_folder(settings.model, settings.revision)
-        verified = verify_folder(folder, settings.public_key, links_into=links_into(settings))
+        folder, links = fetch_checkpoint(settings.model, settings.revision)
+        verified = verify_folder(folder, settings.public_key, links)
     except (OSError, ValueError) as error:
-        return Showcase(settings, folder, problem=str(error))
-    return Showcase(settings, folder, verified.record, verified.signed, None, labels(folder), read_results(folder))
+        return Showcase(settings, folder, links, problem=str(error))
+    return Showcase(
+        settings, folder, links, verified.record, verified.signed, None, labels(folder), read_results(folder)
+    )
 
 
 def labels(folder: Path) -> tuple[str, ...]:
@@ -61,22 +66,6 @@ def labels(folder: Path) -> tuple[str, ...]:
         return tuple(str(config["id2label"][str(index)]) for index in range(len(config["id2label"])))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return ()
-
-
-def local_folder(model: str, revision: str | None) -> Path:
-    """Folder of a model, downloaded when it is a Hub id."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model, revision=revision))
-
-
-def links_into(settings: Settings) -> str | None:
-    """Where the files of the folder may be links to: what was downloaded lies in the Hub's cache."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return None if Path(settings.model).is_dir() else HF_HUB_CACHE
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:

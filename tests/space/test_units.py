@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from ..publishing.folders import make_keys
 from .conftest import SPACE
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[space]'")
@@ -31,19 +32,6 @@ def data_url(image):
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def make_keys(folder):
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    folder.mkdir()
-    key = ec.generate_private_key(ec.SECP256R1())
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    (folder / "private.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-    public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
-    (folder / "public.pem").write_bytes(public)
-    return folder / "private.pem", folder / "public.pem"
 
 
 def paper():
@@ -208,11 +196,32 @@ def test_changed_files_are_not_shown(folders, tmp_path):
     assert showcase.labels == ()
 
 
+def keys(folder):
+    folder.mkdir()
+    return make_keys(folder)
+
+
+def test_a_model_on_the_hub(folders, hub, tmp_path):
+    """The commit that was verified is the one that answers; the visitor's key is checked on the download."""
+    from hf_ntp import push_folder, sign_folder
+
+    private, public = keys(tmp_path / "owner")
+    copy = tmp_path / "protected"
+    shutil.copytree(folders.model, copy)
+    sign_folder(copy, private)
+    push_folder(copy, "org/model")
+    showcase = open_showcase(replace(folders, model="org/model", revision="main", public_key=str(public)))
+    assert (showcase.problem, showcase.signed) == (None, True)
+    assert "ntp-good" in page.check_key(showcase, str(public))
+    assert set(Classifiers(showcase).load()) == {"unprotected", "protected"}
+    missing = open_showcase(replace(folders, model="org/other"))
+    assert "404" in missing.problem
+
+
 def test_signatures(folders, tmp_path):
-    pytest.importorskip("model_signing", reason="model-signing is not installed: pip install -e '.[signing]'")
     from hf_ntp import sign_folder
 
-    (private, public), (_, stranger) = (make_keys(tmp_path / name) for name in ("owner", "stranger"))
+    (private, public), (_, stranger) = (keys(tmp_path / name) for name in ("owner", "stranger"))
     copy = tmp_path / "protected"
     shutil.copytree(folders.model, copy)
     sign_folder(copy, private)
