@@ -258,7 +258,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         elif start.learning_rate is not None:
             train_classifier(
                 model, authorized["train"], str(run / "work"), recipe.pretrain_steps, start.learning_rate,
-                transform=augment, seed=recipe.pretrain_seed,
+                transform=augment, seed=recipe.pretrain_seed, use_cpu=config.use_cpu,
             )  # fmt: skip
     if first and not base.exists():
         save(base, model, start.processor)

@@ -226,6 +226,8 @@ def test_two_processes(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert read_record(run / "protected")
+    state = json.loads((run / "work" / "checkpoint-20" / "ntp_state.json").read_text())
+    assert state["settings"]["world_size"] == 2, "two runs side by side are not one run on two processes"
     assert done.stdout.count("SLC-AUC normalized:") == 1
     assert not list(run.rglob("*unfinished*"))
 

@@ -70,6 +70,7 @@ def train_classifier(
     batch_size: int = 64,
     transform: Transform | None = None,
     seed: int = 0,
+    use_cpu: bool = False,
 ) -> None:
     """Train ``model`` in place on labelled images: AdamW, weight decay 0.05, warm-up and cosine decay.
 
@@ -82,6 +83,8 @@ def train_classifier(
         batch_size: Images per step and device.
         transform: Augmentation of batches.
         seed: Seed of order and augmentation.
+        use_cpu: As in `TrainingArguments`; the same as in a configuration made before, or several processes would
+            no longer know of each other (the last arguments made decide for all).
     """
     args = TrainingArguments(
         output_dir=output_dir,
@@ -97,6 +100,7 @@ def train_classifier(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         seed=seed,
+        use_cpu=use_cpu,
     )
     rng = np.random.default_rng(seed)
 

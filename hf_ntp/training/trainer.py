@@ -173,6 +173,12 @@ class NTPTrainer(Trainer):
                 f"{args.n_gpu} GPUs would be driven from one process (DataParallel), which splits batches out of "
                 "sight; needed: one process per GPU. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
             )
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != args.world_size:
+            raise ValueError(
+                f"{started} processes were started and Accelerate knows of {args.world_size}: each would train alone, "
+                "and all would write the same files. On CPUs, set use_cpu=True here and in all TrainingArguments."
+            )
         self.heads = {
             name: TargetHead(head.in_features, int(labels.max()) + 1, args.target_head_learning_rate, args.seed)
             for name, labels in self.target_labels.items()

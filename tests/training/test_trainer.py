@@ -430,3 +430,11 @@ def test_push_at_the_end_of_training(hub, tmp_path):
     ours.save_model()
     assert "authorization.json" in hub.model("org/model").files
     assert [name for name in hub.model("org/model").files if "checkpoint" in name] == []
+
+
+def test_processes_that_do_not_know_of_each_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = NTPConfig(output_dir=str(tmp_path), report_to="none")
+    monkeypatch.setattr(type(config), "world_size", 1)
+    with pytest.raises(ValueError, match=r"2 processes were started and Accelerate knows of 1.*use_cpu=True"):
+        NTPTrainer(tiny_vit(), config, Rows(), Rows(seed=1))
