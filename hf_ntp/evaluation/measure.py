@@ -142,7 +142,8 @@ def measure_sparsity(model: PreTrainedModel, source: PixelDataset, requested: fl
     weights = noted_prunable_weights(model)
     some = torch.utils.data.Subset(source, range(min(len(source), _LIVE_IMAGES)))
     batches: Iterable[dict[str, Any]] = DataLoader(some, 64, collate_fn=default_data_collator)
-    if not has_head(model):
+    inside = "" if has_head(model) else f"{model.base_model_prefix}."  # parameters are named as in the file of weights
+    if inside:
         batches = ({"pixel_values": batch["pixel_values"]} for batch in batches)
     live: LiveWeights = live_weights(model, weights, batches)
     achieved = zero_fraction(list(weights.values()))
@@ -153,7 +154,8 @@ def measure_sparsity(model: PreTrainedModel, source: PixelDataset, requested: fl
         live=live.sparsity,
         live_fraction=live.fraction,
         layers={
-            name: {"weights": weight.numel(), "zeros": int((weight == 0).sum())} for name, weight in weights.items()
+            name.removeprefix(inside): {"weights": weight.numel(), "zeros": int((weight == 0).sum())}
+            for name, weight in weights.items()
         },
     )
 

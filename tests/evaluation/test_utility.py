@@ -48,6 +48,7 @@ def test_measuring_an_encoder_without_head(encoders, attack, tmp_path):
     assert measured.accuracy.after == measured.utility.after.linear_probe
     assert measured.sparsity.achieved == 0.5
     assert measured.sparsity.live_fraction > 0.5
+    assert measured.sparsity.layers.keys() <= ViTModel.from_pretrained(encoders[1]).state_dict().keys()
     assert build_results(SOURCE, TARGET, measured, {})["source"]["measure"] == "linear_probe"
 
 

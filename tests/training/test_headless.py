@@ -65,7 +65,7 @@ def test_the_loss_is_the_distance_of_features(tmp_path):
     loss = ours.compute_loss(ours.model.eval(), batch)
     states = [m.eval()(batch["pixel_values"]).last_hidden_state for m in (ours.model.encoder, tiny_encoder())]
     features = [torch.cat([state[:, 0], state[:, 1:].mean(1)], 1) for state in states]
-    assert loss.item() == pytest.approx(float(sum(feature_distance(*features))), rel=1e-4)
+    assert loss.item() == pytest.approx(sum(feature_distance(*features)).item(), rel=1e-4)
 
 
 def test_evaluation_needs_no_labels(tmp_path):
