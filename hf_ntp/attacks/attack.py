@@ -60,6 +60,9 @@ class Loot(NamedTuple):
     """A small labelled set of the authorized domain, for attacks that begin there."""
 
 
+NO_HEAD = "the checkpoint has no head of its own"
+
+
 class Attack(ABC):
     """One way to attack. Subclasses are frozen dataclasses: their fields are what a cached result depends on.
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, get_scheduler
 
-from ..models import find_head, noted_prunable_weights, replace_head
-from .attack import Attack, FineTuneProtocol, Loot, Predict
+from ..models import find_head, has_head, noted_prunable_weights, replace_head
+from .attack import NO_HEAD, Attack, FineTuneProtocol, Loot, Predict
 from .changes import CHANGES
 
 # SGD with momentum needs rates about this much higher than Adam's for steps of a similar length.
@@ -63,6 +63,8 @@ class FineTuning(Attack):
         needs_zeros = self.keep_mask or "regrow_zeros" in self.changes
         if needs_zeros and all(bool(mask.all()) for _, mask in zero_masks(model)):
             return "the checkpoint has no zeros"
+        if self.keep_head and not has_head(model):
+            return NO_HEAD
         if self.keep_head and model.config.num_labels != num_labels:
             return f"the head has {model.config.num_labels} classes, the target {num_labels}"
         return None

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..models import find_head
-from .attack import Attack, FineTuneProtocol, Loot, Predict
+from ..models import find_head, has_head
+from .attack import NO_HEAD, Attack, FineTuneProtocol, Loot, Predict
 from .features import features_and_logits
 from .fine_tuning import batches_of, predictor, train
 
@@ -43,6 +43,8 @@ class Shot(Attack):
 
     def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
         """Say so where the head cannot name the target's classes."""
+        if not has_head(model):
+            return NO_HEAD
         if model.config.num_labels != num_labels:
             return f"the frozen head has {model.config.num_labels} classes, the target {num_labels}"
         return None

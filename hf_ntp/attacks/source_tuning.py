@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..models import find_head, replace_head
-from .attack import Attack, FineTuneProtocol, Loot, Predict
+from ..models import find_head, has_head, replace_head
+from .attack import NO_HEAD, Attack, FineTuneProtocol, Loot, Predict
 from .fine_tuning import FineTuning, batches_of, cross_entropy_on, train
 from .perturbations import perturb
 
@@ -47,6 +47,8 @@ class SourceTuning(Attack):
 
     def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
         """Say so where all that learns from the source is a head that the target cannot use."""
+        if not has_head(model) and (self.layers == "last" or self.head == "kept"):
+            return NO_HEAD
         if self.layers == "last" and model.config.num_labels != num_labels:
             return f"only the head learns from the source; it has {model.config.num_labels} classes, not {num_labels}"
         return None
@@ -55,7 +57,8 @@ class SourceTuning(Attack):
         """Run both stages at peak rate ``value``; see :class:`Attack`."""
         images, labels = source_of(loot)
         if self.head == "new":
-            replace_head(model, find_head(model)[1].out_features, torch.Generator().manual_seed(seed))
+            classes = find_head(model)[1].out_features if has_head(model) else int(labels.max()) + 1
+            replace_head(model, classes, torch.Generator().manual_seed(seed))
         if self.layers == "last":
             model.requires_grad_(False)
             find_head(model)[1].requires_grad_(True)
@@ -88,6 +91,10 @@ class TransNTL(Attack):
         """Check the weight."""
         if self.repair_weight < 0:
             raise ValueError(f"repair_weight is {self.repair_weight}; needed: a number >= 0.")
+
+    def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
+        """Say so where there is no head whose predictions could be repaired."""
+        return None if has_head(model) else NO_HEAD
 
     def fit(self, model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, value: float, seed: int) -> Predict:
         """Run both stages at peak rate ``value``; see :class:`Attack`."""

@@ -31,10 +31,11 @@ def find_columns(
     Raises:
         ValueError: If a column is missing, ambiguous or of an unusable type; the columns found are listed.
     """
-    return _image_column(dataset, image_column), _label_column(dataset, label_column)
+    return find_image_column(dataset, image_column), _label_column(dataset, label_column)
 
 
-def _image_column(dataset: datasets.Dataset, wanted: str | None) -> str:
+def find_image_column(dataset: datasets.Dataset, wanted: str | None = None) -> str:
+    """Find the image column of a dataset; see :func:`find_columns`."""
     images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if wanted is None and len(images) == 1:
         return images[0]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .columns import check_labels, column_values, dataset_fingerprint, find_columns
+from .columns import check_labels, column_values, dataset_fingerprint, find_columns, find_image_column
 
 if TYPE_CHECKING:  # slow to import, and needed for annotations only
     from transformers.image_processing_utils import BaseImageProcessor
@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # slow to import, and needed for annotations only
 # Part of the cache key: raise it whenever the stored pixels change for equal input.
 PIXELS_VERSION = 1
 BATCH_ROWS = 500
+# Stored in place of the labels of images that have none.
+NO_LABEL = -1
 SHAPE = tuple[int, ...]
 
 
@@ -257,11 +259,17 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self._pixels = pixels
         self._scaling = PixelScaling(image_processor)
         self._labels = np.asarray(column_values(pixels, "label"), dtype=np.int64)
+        self.labelled = bool((self._labels != NO_LABEL).all())
         self._map_chunks()
 
     @classmethod
     def from_dataset(
-        cls, dataset: datasets.Dataset, image_processor: BaseImageProcessor, *, num_proc: int | None = None
+        cls,
+        dataset: datasets.Dataset,
+        image_processor: BaseImageProcessor,
+        *,
+        num_proc: int | None = None,
+        labelled: bool = True,
     ) -> PixelDataset:
         """Check the columns and labels of a dataset, resize its images and wrap the result.
 
@@ -270,6 +278,7 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 ``load_domain``.
             image_processor: Image processor with the PIL backend.
             num_proc: Number of processes for resizing.
+            labelled: Whether the images have labels. If not, no other column is looked at, and rows have no "labels".
 
         Returns:
             The pixel dataset.
@@ -278,10 +287,14 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
             ValueError: If columns, labels, images or the processor cannot be used.
         """
         check_processor(image_processor)
-        label_column = find_columns(dataset)[1]
-        feature, labels = dataset.features[label_column], column_values(dataset, label_column)
-        num_labels = feature.num_classes if isinstance(feature, datasets.ClassLabel) else len(set(labels))
-        check_labels(labels, num_labels, f"dataset with label column {label_column!r}")
+        if labelled:
+            label_column = find_columns(dataset)[1]
+            feature, labels = dataset.features[label_column], column_values(dataset, label_column)
+            num_labels = feature.num_classes if isinstance(feature, datasets.ClassLabel) else len(set(labels))
+            check_labels(labels, num_labels, f"dataset with label column {label_column!r}")
+        else:
+            images = dataset.select_columns(find_image_column(dataset))
+            dataset = images.add_column("label", [NO_LABEL] * len(images))
         fingerprint = _pixels_fingerprint(dataset, image_processor)
         pixels = _preprocess(dataset, image_processor, fingerprint, num_proc)
         return cls(pixels, image_processor, fingerprint=fingerprint)
@@ -308,12 +321,14 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self._labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one row: ``pixel_values``, float32 ``[3, height, width]``, and ``labels``, int."""
+        """Return one row: ``pixel_values``, float32 ``[3, height, width]``, and, if it has one, ``labels``, int."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Return several rows at once, much faster than one by one; data loaders call this."""
         pixels = self._scaling(self._read(indices))
+        if not self.labelled:
+            return [{"pixel_values": image} for image in pixels]
         return [
             {"pixel_values": image, "labels": int(self._labels[index])}
             for image, index in zip(pixels, indices, strict=True)

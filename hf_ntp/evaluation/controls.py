@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageClassification
 
 from ..functional import cardinality_mask
-from ..models import noted_prunable_weights, zero_fraction
+from ..models import load_model, noted_prunable_weights, zero_fraction
 from ..run_folder import whole_folder
 
 
@@ -29,9 +28,7 @@ def prune_without_protection(
     """
     if kind not in ("magnitude", "random"):
         raise ValueError(f"kind is {kind!r}; needed: 'magnitude' or 'random'.")
-    model, protected = (
-        AutoModelForImageClassification.from_pretrained(path, dtype=torch.float32) for path in (checkpoint, like)
-    )
+    model, protected = (load_model(str(path)) for path in (checkpoint, like))
     model.config.ntp = {**(getattr(protected.config, "ntp", None) or {}), "method": f"{kind}-pruning-control"}
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

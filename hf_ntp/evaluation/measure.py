@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import AutoModelForImageClassification, PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel, default_data_collator
 
 from ..attacks import FineTuneProtocol
 from ..attacks.fine_tuning import predictor
 from ..data import PixelDataset
 from ..functional import check_sample_sizes
-from ..models import LiveWeights, live_weights, noted_prunable_weights, zero_fraction
+from ..models import LiveWeights, has_head, live_weights, load_model, noted_prunable_weights, zero_fraction
 from .arms import Arm, standard_arms
 from .runner import AttackData, LearningCurves, accuracy_of, sample_wise_learning_curves
+from .utility import SourceUtility, source_utility
 
 _LIVE_IMAGES = 256
 
 
 @dataclass(frozen=True)
 class SourceAccuracy:
-    """Accuracy on the authorized test split, eval mode, before and after protection (on the published weights)."""
+    """Accuracy on the authorized test split, eval mode, before and after protection (on the published weights).
+
+    ``measure`` is "classification" by the model's own head, or "linear_probe" where it has none.
+    """
 
     before: float
     after: float
     images: int
+    measure: str = "classification"
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Measurement:
     curves: LearningCurves
     convergence: ScratchConvergence
     protocol: FineTuneProtocol
+    utility: SourceUtility | None = None
+    """Probes on the features of a model without a head."""
 
 
 def measure_protection(
@@ -77,6 +83,7 @@ def measure_protection(
     requested_sparsity: float | None = None,
     cache_dir: str | Path | None = None,
     jobs: int | None = None,
+    source_train: PixelDataset | None = None,
 ) -> Measurement:
     """Measure a protected model against the one it was made from.
 
@@ -91,15 +98,15 @@ def measure_protection(
         requested_sparsity: What the owner asked for; default what ``config.ntp`` says.
         cache_dir: Where finished fits are kept.
         jobs: Processes.
+        source_train: Labelled authorized images, for probes on a model without a head; others do not need them.
+
+    Raises:
+        ValueError: If the model has no head and ``source_train`` is not given.
     """
     protocol = protocol or FineTuneProtocol()
     check_sample_sizes(sample_sizes)
-    before, after = (
-        AutoModelForImageClassification.from_pretrained(path, dtype=torch.float32) for path in (unprotected, protected)
-    )
-    accuracy = SourceAccuracy(
-        accuracy_of(predictor(before), source_test), accuracy_of(predictor(after), source_test), len(source_test)
-    )
+    before, after = (load_model(str(path)) for path in (unprotected, protected))
+    accuracy, utility = _source_accuracy(before, after, source_test, source_train)
     shared: dict[str, Any] = {"data": target, "seeds": seeds, "cache_dir": cache_dir, "jobs": jobs}
     arms = standard_arms(str(unprotected), str(protected))
     curves = sample_wise_learning_curves(arms, sample_sizes=sample_sizes, protocol=protocol, **shared)
@@ -109,7 +116,23 @@ def measure_protection(
         curves,
         scratch_convergence(arms[0], curves, protocol, shared),
         protocol,
+        utility,
     )
+
+
+def _source_accuracy(
+    before: PreTrainedModel, after: PreTrainedModel, test: PixelDataset, train: PixelDataset | None
+) -> tuple[SourceAccuracy, SourceUtility | None]:
+    if has_head(before) and has_head(after):
+        first, last = (accuracy_of(predictor(model), test) for model in (before, after))
+        return SourceAccuracy(first, last, len(test)), None
+    if train is None:
+        raise ValueError(
+            "the model has no classification head and source_train is None; needed: labelled authorized images, to "
+            "which a linear probe and nearest neighbours are fitted. Pass source_train."
+        )
+    found = SourceUtility(*(source_utility(model, train, test) for model in (before, after)))
+    return SourceAccuracy(found.before.linear_probe, found.after.linear_probe, len(test), "linear_probe"), found
 
 
 def measure_sparsity(
@@ -119,7 +142,11 @@ def measure_sparsity(
     notes: dict[str, Any] = getattr(model.config, "ntp", None) or {}
     weights = noted_prunable_weights(model)
     some: Dataset = Subset(source, range(min(len(source), _LIVE_IMAGES)))  # type: ignore[arg-type]
-    live: LiveWeights = live_weights(model, weights, DataLoader(some, 64, collate_fn=default_data_collator))
+    batches: Iterable[dict[str, Any]] = DataLoader(some, 64, collate_fn=default_data_collator)
+    inside = "" if has_head(model) else f"{model.base_model_prefix}."  # parameters are named as in the file of weights
+    if inside:
+        batches = ({"pixel_values": batch["pixel_values"]} for batch in batches)
+    live: LiveWeights = live_weights(model, weights, batches)
     achieved = zero_fraction(list(weights.values()))
     return SparsityReport(
         requested=notes.get("requested_sparsity", achieved) if requested is None else requested,
@@ -128,7 +155,8 @@ def measure_sparsity(
         live=live.sparsity,
         live_fraction=live.fraction,
         layers={
-            name: {"weights": weight.numel(), "zeros": int((weight == 0).sum())} for name, weight in weights.items()
+            name.removeprefix(inside): {"weights": weight.numel(), "zeros": int((weight == 0).sum())}
+            for name, weight in weights.items()
         },
     )
 

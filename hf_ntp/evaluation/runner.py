@@ -15,10 +15,11 @@ import torch
 import transformers
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ..attacks import FineTuneProtocol, Loot, Predict
 from ..data import PixelDataset, nested_subsets
+from ..models import load_model
 from .arms import Arm
 from .cache import ResultCache, checkpoint_digest, content_key, local_folder
 
@@ -191,11 +192,9 @@ def _quick_and_quiet() -> Iterator[None]:
 
 def load_start(arm: Arm, seed: int) -> PreTrainedModel:
     """Load the arm's checkpoint, or initialise its architecture with ``seed``, in float32."""
-    if not arm.random_init:
-        return AutoModelForImageClassification.from_pretrained(arm.checkpoint, dtype=torch.float32)
-    torch.manual_seed(seed)
-    config = AutoConfig.from_pretrained(arm.checkpoint)
-    return AutoModelForImageClassification.from_config(config, dtype=torch.float32)
+    if arm.random_init:
+        torch.manual_seed(seed)
+    return load_model(arm.checkpoint, random_init=arm.random_init)
 
 
 def _run(fit: _Fit, rows: np.ndarray, data: AttackData, protocol: FineTuneProtocol) -> tuple[_Fit, Accuracies]:
@@ -240,8 +239,9 @@ class _Describer:
         for key in ("id2label", "label2id", "_name_or_path", "transformers_version"):
             config.pop(key, None)
         weights = None if arm.random_init else checkpoint_digest(Path(arm.checkpoint))
-        # The patterns decide what a mask is; the rest of the note changes nothing.
-        patterns = {key: value for key, value in notes.items() if key.startswith("prune_") or key == "head_name"}
+        # The patterns decide what a mask is, the names where things are; the rest of the note changes nothing.
+        telling = ("prune_include", "prune_exclude", "head_name", "encoder_name")
+        patterns = {key: value for key, value in notes.items() if key in telling}
         return {
             "config": content_key(config),
             "weights": weights,

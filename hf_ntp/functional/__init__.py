@@ -11,6 +11,7 @@ from .admm import (
     soft_dual,
 )
 from .collapse import relative_collapse, token_spread
+from .features import FeatureDistance, feature_distance
 from .fisher import (
     between_class_scatter,
     class_means,
@@ -43,6 +44,7 @@ from .proximal import (
 
 __all__ = [
     "SLCAUC",
+    "FeatureDistance",
     "GlobalSelector",
     "Interval",
     "add_penalty_gradient_",
@@ -55,6 +57,7 @@ __all__ = [
     "confidence_interval",
     "cubic_sparsity",
     "dual_residual",
+    "feature_distance",
     "global_cardinality_mask",
     "hard_anchor",
     "hard_dual",

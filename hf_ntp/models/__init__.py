@@ -5,6 +5,7 @@ from .encoder import (
     blocks_of,
     check_precision,
     find_head,
+    fresh_head,
     frozen_batch_norm_statistics,
     has_batch_norm,
     layers_with_weights,
@@ -17,21 +18,29 @@ from .encoder import (
     stage_tokens,
     zero_fraction,
 )
+from .headless import EncoderWithHead, has_head, load_model, plain_model, pooled_features, with_head
 
 __all__ = [
+    "EncoderWithHead",
     "LiveWeights",
     "blocks_of",
     "check_precision",
     "find_head",
+    "fresh_head",
     "frozen_batch_norm_statistics",
     "has_batch_norm",
+    "has_head",
     "layers_with_weights",
     "live_weights",
+    "load_model",
     "noted_prunable_weights",
+    "plain_model",
+    "pooled_features",
     "prunable_weights",
     "recorded_features",
     "replace_head",
     "scale_free_weights",
     "stage_tokens",
+    "with_head",
     "zero_fraction",
 ]

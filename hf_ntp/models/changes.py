@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .encoder import blocks_of, layers_with_weights, noted_prunable_weights
+from .headless import EncoderWithHead
 
 # Half of the old weights and half of fresh ones (Ash & Adams, 2020, "shrink and perturb").
 _KEPT_SHARE = 0.5
@@ -22,8 +23,9 @@ _KEPT_SHARE = 0.5
 def fresh_model(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """Return a randomly initialised model of the same architecture, on the same device."""
     torch.manual_seed(seed)
+    fresh = model.fresh() if isinstance(model, EncoderWithHead) else type(model)(copy.deepcopy(model.config))
     # nn.Module.to, because from_pretrained-style wrappers restrict PreTrainedModel.to
-    return nn.Module.to(type(model)(copy.deepcopy(model.config)), model.device)
+    return nn.Module.to(fresh, model.device)
 
 
 @torch.no_grad()

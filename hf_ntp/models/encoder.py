@@ -71,17 +71,23 @@ def replace_head(
     """
     name, old = find_head(model)
     num_labels = labels if isinstance(labels, int) else len(labels)
-    # Drawn on the CPU, where the generator is: a seed gives the same head on every device.
-    head = nn.Linear(old.in_features, num_labels, dtype=old.weight.dtype)
-    nn.init.normal_(head.weight, std=getattr(model.config, "initializer_range", 0.02), generator=generator)
-    nn.init.zeros_(head.bias)
-    head.to(old.weight.device)
-    model.set_submodule(name, head)
+    model.set_submodule(name, fresh_head(old.in_features, num_labels, model, generator))
     model.config.num_labels = num_labels
     setattr(model, "num_labels", num_labels)  # noqa: B010 (models keep a copy that nn.Module does not declare)
     if not isinstance(labels, int):
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: i for i, label in enumerate(labels)}
+
+
+def fresh_head(
+    in_features: int, num_labels: int, model: PreTrainedModel, generator: torch.Generator | None = None
+) -> nn.Linear:
+    """Return a linear head with a model's own spread of initial weights, on its device and in its precision."""
+    # Drawn on the CPU, where the generator is: a seed gives the same head on every device.
+    head = nn.Linear(in_features, num_labels, dtype=model.dtype)
+    nn.init.normal_(head.weight, std=getattr(model.config, "initializer_range", 0.02), generator=generator)
+    nn.init.zeros_(head.bias)
+    return head.to(model.device)
 
 
 def check_precision(model: PreTrainedModel) -> None:
@@ -150,10 +156,11 @@ def blocks_of(model: PreTrainedModel) -> list[str]:
     Raises:
         ValueError: If the encoder has no list of blocks.
     """
+    body = getattr(model, "body_name", "")  # beside an encoder there may be a decoder, or one of texts
     lists = [
         (name.count("."), -len(module), name)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and name.startswith(body)
     ]
     if not lists:
         raise ValueError(
@@ -252,18 +259,21 @@ def live_weights(
 ) -> LiveWeights:
     """Sparsity over the weights that receive a gradient of the classification loss, in eval mode.
 
+    Where batches have no labels, the gradient is that of a head's output, a projection of the features.
+
     A 3x3 kernel that only ever sees a 1x1 map, for example, has eight weights that never get a gradient.
 
     Args:
         model: Model with a classification head.
         weights: Prunable weights, as :func:`prunable_weights` gives them.
-        batches: "pixel_values" and "labels"; a few hundred images are enough. Gradients are left empty.
+        batches: "pixel_values" and "labels", if any; a few hundred images are enough. Gradients are left empty.
     """
     model.eval()
     model.zero_grad(set_to_none=True)
     for batch in batches:
         logits = model(pixel_values=batch["pixel_values"].to(model.device)).logits
-        functional.cross_entropy(logits, batch["labels"].to(model.device)).backward()
+        labels = batch.get("labels")
+        (logits.sum() if labels is None else functional.cross_entropy(logits, labels.to(model.device))).backward()
     live = zeros = total = 0
     for weight in weights.values():
         total += weight.numel()

@@ -48,6 +48,7 @@ def build_results(
             "accuracy_before": measured.accuracy.before,
             "accuracy_after": measured.accuracy.after,
             "test_images": measured.accuracy.images,
+            "measure": measured.accuracy.measure,
         },
         "target": {"domain": target.name, "dataset": target.dataset},
         "sparsity": measured.sparsity.achieved,
@@ -110,7 +111,7 @@ def build_record(
         "source_accuracy": None
         if results is None
         else {
-            "measure": "classification",
+            "measure": results["source"].get("measure", "classification"),
             "before": results["source"]["accuracy_before"],
             "after": results["source"]["accuracy_after"],
             "images": results["source"]["test_images"],

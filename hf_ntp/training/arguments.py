@@ -16,6 +16,7 @@ def parse_n_m(pattern: str) -> tuple[int, int] | None:
 _OURS_OFF: dict[str, Any] = {
     "source_distillation": 0.0,
     "source_tolerance": [],
+    "feature_tolerance": [],
     "collapse_weight": 0.0,
     "attackers": 0,
 }
@@ -92,6 +93,13 @@ class ProtectionArguments:
     head_name: str | None = field(
         default=None, metadata={"help": "Dotted name of the classification head, where it cannot be found by rule."}
     )
+    encoder_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dotted name of the vision encoder inside a model without classification head, where it cannot be "
+            "found by rule."
+        },
+    )
     rho: float = field(
         default=0.02, metadata={"help": "ADMM penalty parameter, > 0; added to the gradient after clipping."}
     )
@@ -161,11 +169,19 @@ class ProtectionArguments:
     attacker_sgd: float = field(
         default=0.0, metadata={"help": "Share of attackers with SGD and momentum (30-fold rates) instead of Adam."}
     )
+    source_loss: str = field(
+        default="auto",
+        metadata={
+            "help": "What keeps the source alive: 'labels' (cross-entropy of the head, and source_distillation), "
+            "'features' (distance to the original model's pooled features; needs no labels and no head), or 'auto' "
+            "(labels where there is a head)."
+        },
+    )
     source_distillation: float = field(
         default=1.0,
         metadata={
             "help": "Weight of the distance to the original model's predictions on the source, >= 0; costs a "
-            "frozen copy of the model and its forward pass."
+            "frozen copy of the model and its forward pass. Only with source_loss='labels'."
         },
     )
     source_tolerance: list[float] = field(
@@ -174,6 +190,13 @@ class ProtectionArguments:
             "help": "How much worse than the original the model may get on source batches, in nats, at the first and "
             "at the last step: beyond it everything aimed at the target gets weaker, and stops at twice as much. "
             "Empty: no limit."
+        },
+    )
+    feature_tolerance: list[float] = field(
+        default_factory=lambda: [0.3, 0.03],
+        metadata={
+            "help": "The same limit for source_loss='features': mean squared distance to the original's features "
+            "over their variance. 0 is equal, 1 as bad as one feature vector for all images. Empty: no limit."
         },
     )
     collapse_weight: float = field(
@@ -215,6 +238,7 @@ class ProtectionArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: an integer >= 1.")
         for name, words in (
             ("target_loss", ("uniform", "ascent")),
+            ("source_loss", ("auto", "labels", "features")),
             ("fisher", ("trace_ratio", "whitened")),
             ("fisher_level", ("pooled", "stages")),
         ):
@@ -246,11 +270,12 @@ class ProtectionArguments:
             raise ValueError(
                 f"attacker_learning_rates are {self.attacker_learning_rates}; needed: at least one positive rate."
             )
-        if self.source_tolerance and (len(self.source_tolerance) != 2 or min(self.source_tolerance) <= 0):
-            raise ValueError(
-                f"source_tolerance is {self.source_tolerance}; needed: two positive numbers of nats, such as "
-                "0.3 0.05, or nothing."
-            )
+        for name, unit in (("source_tolerance", "nats"), ("feature_tolerance", "relative feature error")):
+            tolerance = getattr(self, name)
+            if tolerance and (len(tolerance) != 2 or min(tolerance) <= 0):
+                raise ValueError(
+                    f"{name} is {tolerance}; needed: two positive numbers of {unit}, such as 0.3 0.05, or nothing."
+                )
         if len(self.attacker_horizon) != 2 or not 0 < self.attacker_horizon[0] <= self.attacker_horizon[1]:
             raise ValueError(
                 f"attacker_horizon is {self.attacker_horizon}; needed: two numbers of steps, shortest and longest, "

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..models import plain_model
 from ..run_folder import differences
 from .attackers import AttackerPool
 from .pruning import ADMMPruner
@@ -82,5 +83,6 @@ def load_weights_strictly(model: PreTrainedModel, folder: str) -> None:
 
     Trainer loads with ``strict=False`` and without key conversion: for ViT and many others nothing would be restored.
     """
-    saved = type(model).from_pretrained(folder, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict(), strict=True)
+    own = plain_model(model)
+    saved = type(own).from_pretrained(folder, dtype=own.dtype)
+    own.load_state_dict(saved.state_dict(), strict=True)

@@ -1,22 +1,59 @@
-"""What keeps the source alive: the original model as a teacher, and a guard that holds the target terms back."""
+"""What keeps the source alive: the original model as a teacher, and a guard that holds the target terms back.
+
+With labels the original's predictions are kept, without labels its features.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
+from ..functional import FeatureDistance, feature_distance
+from ..models import find_head, frozen_batch_norm_statistics, recorded_features
 from .arguments import ProtectionArguments
 
 _MEMORY = 0.9
 
 
-class SourceGuard:
-    """A frozen copy of the original model, and a running mean of how much worse than it the model has become.
+class Guard:
+    """A running mean of how much worse than the original the model has become on the source, and its limit.
+
+    Args:
+        tolerance: Limit at the first and at the last step; empty for none.
+        device: Where the mean is kept.
+    """
+
+    def __init__(self, tolerance: Sequence[float], device: torch.device) -> None:
+        self.tolerance = tolerance
+        self.excess = torch.zeros((), device=device)
+
+    def share(self, progress: float) -> Tensor | float:
+        """Share of its weight that everything aimed at the target may have, in [0, 1].
+
+        It falls from 1 to 0 as the excess rises from the tolerance to twice the tolerance. The tolerance itself falls
+        geometrically: first room to find another solution, then none to be worse.
+
+        Args:
+            progress: Share of all steps that is done.
+        """
+        if not self.tolerance:
+            return 1.0
+        first, last = self.tolerance
+        return (2 - self.excess / (first * (last / first) ** progress)).clamp(0, 1)
+
+    def _note(self, worse: Tensor) -> None:
+        self.excess = torch.lerp(reduce(worse, reduction="mean"), self.excess, _MEMORY)
+
+
+class SourceGuard(Guard):
+    """With labels: the excess is cross-entropy beyond that of a frozen copy of the original model, in nats.
 
     Args:
         model: The model before protection; copied.
@@ -25,11 +62,9 @@ class SourceGuard:
     """
 
     def __init__(self, model: PreTrainedModel, options: ProtectionArguments, device: torch.device) -> None:
-        self.options = options
-        self.excess = torch.zeros((), device=device)
-        self.original: nn.Module | None = None
-        if options.source_distillation or options.source_tolerance:
-            self.original = nn.Module.to(copy.deepcopy(model), device).requires_grad_(False).eval()
+        super().__init__(options.source_tolerance, device)
+        needed = options.source_distillation or options.source_tolerance
+        self.original = _frozen_copy(model, device) if needed else None
 
     def compare(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
         """Note the excess on a source batch, averaged over ranks, and return the distillation loss.
@@ -48,20 +83,55 @@ class SourceGuard:
         with torch.no_grad():
             teacher = self.original(pixel_values=images).logits.float()
             worse = F.cross_entropy(logits.float(), labels) - F.cross_entropy(teacher, labels)
-            self.excess = torch.lerp(reduce(worse, reduction="mean"), self.excess, _MEMORY)
+            self._note(worse)
         student, teacher = F.log_softmax(logits.float(), -1), F.log_softmax(teacher, -1)
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
-    def share(self, progress: float) -> Tensor | float:
-        """Share of its weight that everything aimed at the target may have, in [0, 1].
 
-        It falls from 1 to 0 as the excess rises from the tolerance to twice the tolerance. The tolerance itself falls
-        geometrically: first room to find another solution, then none to be worse.
+class FeatureGuard(Guard):
+    """Without labels: the excess is the relative error of the pooled features, see :class:`FeatureDistance`.
+
+    Args:
+        model: The model before protection; copied.
+        options: ``feature_tolerance`` and ``head_name``.
+        device: Where the copy goes.
+    """
+
+    def __init__(self, model: PreTrainedModel, options: ProtectionArguments, device: torch.device) -> None:
+        super().__init__(options.feature_tolerance, device)
+        self.original = _frozen_copy(model, device)
+        self._head = find_head(self.original, options.head_name)[1]
+        self._norms = [module for module in self.original.modules() if isinstance(module, _BatchNorm)]
+
+    def match(self, images: Tensor, features: Tensor) -> Tensor:
+        """Note the excess on a source batch, averaged over ranks, and return the loss that keeps the features.
 
         Args:
-            progress: Share of all steps that is done.
+            images: Pixel values [N, 3, H, W].
+            features: Pooled features of the model under protection, in training mode, [N, D].
+
+        Returns:
+            Cosine distance plus relative error, a scalar: 0 for equal features, about 2 where nothing is left.
         """
-        if self.original is None or not self.options.source_tolerance:
-            return 1.0
-        first, last = self.options.source_tolerance
-        return (2 - self.excess / (first * (last / first) ** progress)).clamp(0, 1)
+        distance = self.distance(images, features, batch_statistics=True)
+        self._note(distance.relative_error.detach())
+        return distance.cosine + distance.relative_error
+
+    def distance(self, images: Tensor, features: Tensor, batch_statistics: bool = False) -> FeatureDistance:
+        """Distance of features [N, D] from the original's on the same images.
+
+        Args:
+            images: Pixel values [N, 3, H, W].
+            features: Of the model under protection.
+            batch_statistics: Whether BatchNorm normalises with the batch, as it did for ``features``.
+        """
+        for norm in self._norms:
+            norm.train(batch_statistics)
+        frozen = frozen_batch_norm_statistics(self.original)
+        with torch.no_grad(), frozen, recorded_features(self._head) as reference:
+            self.original(pixel_values=images)
+        return feature_distance(features, reference[-1])
+
+
+def _frozen_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    return nn.Module.to(copy.deepcopy(model), device).requires_grad_(False).eval()

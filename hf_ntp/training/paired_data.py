@@ -26,8 +26,8 @@ class PairedDataset(Dataset):
     dataset with an epoch of its own, do not survive a restart.
 
     Args:
-        source: Authorized data; items are dicts with "pixel_values" and "labels".
-        targets: Unauthorized data by domain name, same items.
+        source: Authorized data; items are dicts with "pixel_values" and, where they are needed, "labels".
+        targets: Unauthorized data by domain name; items are dicts with both.
         source_transform: Augmentation of source batches; its randomness is seeded by epoch and row, not by history.
         seed: Seed of the run.
     """
@@ -167,8 +167,27 @@ def labels_of(dataset: Dataset, name: str) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def as_pixels(data: ImageData, image_processor: BaseImageProcessor | None, name: str) -> Dataset:
+def check_images(dataset: Dataset, name: str) -> None:
+    """Raise ``ValueError`` where a dataset without labels cannot be used: no rows, or rows without "pixel_values"."""
+    if not length_of(dataset) or "pixel_values" not in dataset[0]:
+        found = f"rows have the keys {sorted(dataset[0])}" if length_of(dataset) else "there are no rows"
+        raise ValueError(
+            f"{name}: {found}; needed: rows with 'pixel_values'. Pass a datasets.Dataset with an image column, or "
+            "rename the keys."
+        )
+    _batch(dataset, [0])
+
+
+def as_pixels(
+    data: ImageData, image_processor: BaseImageProcessor | None, name: str, labelled: bool = True
+) -> Dataset:
     """Return a dataset of "pixel_values" and "labels": images are pre-processed once, other datasets kept.
+
+    Args:
+        data: Images, or a dataset that is kept.
+        image_processor: Image processor (PIL backend).
+        name: What errors call the dataset.
+        labelled: Whether labels are needed; if not, a column of labels need not be there, and is not looked at.
 
     Raises:
         ValueError: If images come without a processor.
@@ -180,11 +199,11 @@ def as_pixels(data: ImageData, image_processor: BaseImageProcessor | None, name:
             f"{name} holds images but processing_class is None; needed: the model's image processor. Pass "
             "processing_class=AutoImageProcessor.from_pretrained(..., backend='pil')."
         )
-    return PixelDataset.from_dataset(data, image_processor)
+    return PixelDataset.from_dataset(data, image_processor, labelled=labelled)
 
 
-def evaluation_data(data: Any, image_processor: BaseImageProcessor | None) -> Any:
+def evaluation_data(data: Any, image_processor: BaseImageProcessor | None, labelled: bool = True) -> Any:
     """Return what Trainer takes as ``eval_dataset``: one dataset or several by name, images pre-processed."""
     if isinstance(data, dict):
-        return {name: as_pixels(part, image_processor, f"eval {name!r}") for name, part in data.items()}
-    return None if data is None else as_pixels(data, image_processor, "eval_dataset")
+        return {name: as_pixels(part, image_processor, f"eval {name!r}", labelled) for name, part in data.items()}
+    return None if data is None else as_pixels(data, image_processor, "eval_dataset", labelled)

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 from transformers import (
-    AutoModelForImageClassification,
     BaseImageProcessor,
     EvalPrediction,
     PreTrainedModel,
@@ -35,17 +34,20 @@ from ..models import (
     find_head,
     frozen_batch_norm_statistics,
     has_batch_norm,
+    has_head,
+    load_model,
     prunable_weights,
     recorded_features,
     scale_free_weights,
     stage_tokens,
+    with_head,
     zero_fraction,
 )
 from .attackers import AttackerPool
 from .callback import PruningCallback
 from .checkpoint import check_settings, load_state, load_weights_strictly, save_state
 from .config import NTPConfig
-from .guard import SourceGuard
+from .guard import FeatureGuard, SourceGuard
 from .objective import TargetBatch, target_terms
 from .paired_data import (
     ImageData,
@@ -53,6 +55,7 @@ from .paired_data import (
     PairedSampler,
     Transform,
     as_pixels,
+    check_images,
     collate,
     evaluation_data,
     labels_of,
@@ -73,10 +76,10 @@ def _spare_draws(args: NTPConfig, domains: int) -> int:
     return math.ceil(images / args.per_device_train_batch_size)
 
 
-def _digest(model: nn.Module) -> str:
-    """SHA-256 (hex) of all weights of a model."""
+def _digest(weights: Iterable[Tensor]) -> str:
+    """SHA-256 (hex) of weights."""
     digest = hashlib.sha256()
-    for parameter in model.parameters():
+    for parameter in weights:
         digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -95,14 +98,17 @@ class NTPTrainer(Trainer):
     :class:`~hf_ntp.training.attackers.AttackerPool` says for the simulated attackers.
 
     Args:
-        model: Model with an image-classification head, or the id or folder of one.
+        model: Model with an image-classification head, or an encoder without one, or the id or folder of either. An
+            encoder keeps the original's pooled features on authorized images instead of its predictions; the trainer's
+            ``model`` is then an :class:`~hf_ntp.models.EncoderWithHead` around it, which saves as the plain encoder.
         args: Configuration.
         train_dataset: Authorized (source) data: a `datasets.Dataset` with images and labels, or any map-style dataset
-            of "pixel_values" and "labels".
+            of "pixel_values" and "labels". Labels are not needed where features are kept (``source_loss``).
         target_dataset: Unauthorized (target) data, one dataset or several by domain name. Its label set is its own.
-        eval_dataset: Authorized data for evaluation, as Trainer takes it.
+        eval_dataset: Authorized data for evaluation, as Trainer takes it; without a head, the loss is the distance of
+            the features from the original's.
         processing_class: Image processor (PIL backend); needed where a dataset holds images.
-        compute_metrics: As in Trainer; accuracy by default.
+        compute_metrics: As in Trainer; accuracy by default, and nothing without a head.
         callbacks: As in Trainer.
         source_transform: Augmentation of authorized training batches: takes pixel values [N, 3, H, W] and a numpy
             Generator, its only source of randomness, and returns the same shape.
@@ -130,21 +136,28 @@ class NTPTrainer(Trainer):
         source_transform: Transform | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ) -> None:
-        network: PreTrainedModel = (
-            AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32)
-            if isinstance(model, str)
-            else model
-        )
+        network = load_model(model, args.head_name, args.encoder_name) if isinstance(model, str) else model
         check_precision(network)
+        network = with_head(network, args.head_name, args.encoder_name)
+        self._headless = not has_head(network, args.head_name)
+        self._matches_features = args.source_loss == "features" or (args.source_loss == "auto" and self._headless)
+        if self._headless and not self._matches_features:
+            raise ValueError(
+                "source_loss is 'labels' but the model has no classification head; needed: 'features' or 'auto'. To "
+                "train with labels, load the checkpoint with AutoModelForImageClassification and train its head first."
+            )
         head_name, head = find_head(network, args.head_name)
         targets = target_dataset if isinstance(target_dataset, Mapping) else {"target": target_dataset}
         paired = PairedDataset(
-            as_pixels(train_dataset, processing_class, "train_dataset"),
+            as_pixels(train_dataset, processing_class, "train_dataset", labelled=not self._matches_features),
             {name: as_pixels(data, processing_class, f"target {name!r}") for name, data in targets.items()},
             source_transform,
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
-        check_labels(labels_of(paired.source, "train_dataset"), head.out_features, "train_dataset")
+        if self._matches_features:
+            check_images(paired.source, "train_dataset")
+        else:
+            check_labels(labels_of(paired.source, "train_dataset"), head.out_features, "train_dataset")
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
         self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
         check_pattern(self.prunable, args.prune_pattern)
@@ -159,14 +172,16 @@ class NTPTrainer(Trainer):
             args=args,
             data_collator=collate,
             train_dataset=paired,
-            eval_dataset=evaluation_data(eval_dataset, processing_class),
+            eval_dataset=evaluation_data(eval_dataset, processing_class, labelled=not self._headless),
             processing_class=processing_class,
-            compute_metrics=compute_metrics,
+            compute_metrics=None if self._headless and compute_metrics is accuracy else compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         # Our losses are plain means over a batch: Trainer divides by the accumulation steps.
         self.model_accepts_loss_kwargs = False
+        if self._headless:
+            self.can_return_loss = True  # without labels
         self.loss_is_scaled_for_ga = False
         if args.n_gpu > 1:
             raise ValueError(
@@ -187,9 +202,10 @@ class NTPTrainer(Trainer):
         self._pool: AttackerPool | None = None
         self._teacher: nn.Module | None = None
         # All three are of the model before protection, also where training resumes.
-        self._guard = SourceGuard(self.model, args, args.device)
+        self._guard = (FeatureGuard if self._matches_features else SourceGuard)(self.model, args, args.device)
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
-        self._original_weights = _digest(self.model)
+        # What has no part in the features of an encoder may be missing in its checkpoint, and random.
+        self._original_weights = _digest(p for p in self.model.parameters() if p.requires_grad or not self._headless)
         self._excess = torch.zeros(())
         self._attacked: dict[str, tuple[Tensor, Tensor]] = {}
         self._attacker_losses: dict[str, list[Tensor]] = {}
@@ -209,19 +225,15 @@ class NTPTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Objective on a paired batch; on an ordinary (evaluation) batch, Trainer's own loss."""
+        """Objective on a paired batch; on an ordinary (evaluation) batch, Trainer's own loss or that of features."""
         if "targets" not in inputs:
+            if self._headless:
+                return self._feature_loss(model, inputs["pixel_values"], return_outputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._pool is not None:
             self._attacked = {n: (t["pixel_values"], t["labels"]) for n, t in inputs["attacked"].items()}
-        logits, tokens, targets = self._forward(model, inputs)
-        source_loss = F.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
-        terms = {"source_loss": source_loss.detach()}
-        loss = source_loss
-        distillation = self._guard.compare(inputs["pixel_values"], logits, inputs["labels"])
-        if distillation is not None:
-            terms |= {"distillation_loss": distillation.detach(), "source_excess": self._guard.excess}
-            loss = loss + self.args.source_distillation * distillation
+        logits, features, tokens, targets = self._forward(model, inputs)
+        loss, terms = self._source_terms(inputs, logits, features)
         if targets:
             target_loss, of_targets = target_terms(targets, tokens, self.heads, self.args)
             terms |= of_targets
@@ -229,26 +241,54 @@ class NTPTrainer(Trainer):
         self._record(terms)
         return (loss, {"logits": logits}) if return_outputs else loss
 
+    def _source_terms(
+        self, inputs: dict[str, Any], logits: Tensor, features: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what keeps the source alive, and its single terms for the log."""
+        if isinstance(self._guard, FeatureGuard):
+            loss = self._guard.match(inputs["pixel_values"], features)
+            return loss, {"source_loss": loss.detach(), "source_excess": self._guard.excess}
+        loss = F.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
+        terms = {"source_loss": loss.detach()}
+        distillation = self._guard.compare(inputs["pixel_values"], logits, inputs["labels"])
+        if distillation is not None:
+            terms |= {"distillation_loss": distillation.detach(), "source_excess": self._guard.excess}
+            loss = loss + self.args.source_distillation * distillation
+        return loss, terms
+
+    def _feature_loss(self, model: nn.Module, images: Tensor, return_outputs: bool) -> Tensor | tuple[Tensor, Any]:
+        """Distance of the features of an evaluation batch from the original's; the features are the output."""
+        assert isinstance(self._guard, FeatureGuard)
+        with recorded_features(self._head) as features:
+            model(pixel_values=images)
+        distance = self._guard.distance(images, features[-1])
+        loss = distance.cosine + distance.relative_error
+        return (loss, {"features": features[-1]}) if return_outputs else loss
+
     def _forward(
         self, model: nn.Module, inputs: dict[str, Any]
-    ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, TargetBatch]]:
-        """Return source logits, source tokens and the target part: one pass, or one per domain with BatchNorm."""
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], dict[str, TargetBatch]]:
+        """Return logits, features and tokens of the source, and the target part.
+
+        One pass, or one per domain with BatchNorm.
+        """
         # Without a term that looks at them, target images are the attackers' alone.
         weights = (self.args.target_weight, self.args.fisher_weight, self.args.collapse_weight)
         source, targets = inputs["pixel_values"], inputs["targets"] if any(weights) else {}
         labels = {name: target["labels"] for name, target in targets.items()}
         if self._batch_norm:
-            logits, (_, *tokens) = self._encode(model, source)
+            logits, (kept, *tokens) = self._encode(model, source)
             with frozen_batch_norm_statistics(self.model):
                 levels = [self._encode(model, target["pixel_values"])[1] for target in targets.values()]
         else:
             images = [source, *(target["pixel_values"] for target in targets.values())]
             logits, together = self._encode(model, torch.cat(images))
             split = [level.split([len(part) for part in images]) for level in together]
-            logits, ((_, *tokens), *levels) = logits[: len(source)], list(zip(*split, strict=True))
+            logits, ((kept, *tokens), *levels) = logits[: len(source)], list(zip(*split, strict=True))
         targets = zip(labels, levels, strict=True)
         return (
             logits,
+            kept,
             tuple(tokens),
             {name: TargetBatch(features, tuple(rest), labels[name]) for name, (features, *rest) in targets},
         )
@@ -344,6 +384,7 @@ class NTPTrainer(Trainer):
             "prune_include": self.args.prune_include,
             "prune_exclude": self.args.prune_exclude,
             "head_name": self.args.head_name,
+            **({"encoder_name": self.args.encoder_name} if self._headless else {}),
         }
 
     # Trainer hooks

@@ -1,0 +1,79 @@
+import pytest
+from transformers import ViTModel
+
+from hf_ntp import FineTuneProtocol, measure_protection
+from hf_ntp.attacks import ATTACKS
+from hf_ntp.attacks.attack import NO_HEAD
+from hf_ntp.evaluation.controls import prune_without_protection
+from hf_ntp.evaluation.suite import run_attacks
+from hf_ntp.evaluation.utility import source_utility
+from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
+from hf_ntp.publishing.report import build_results
+
+from ..conftest import tiny_vit
+from ..publishing.conftest import SOURCE, TARGET
+from .conftest import pixels
+
+QUICK = FineTuneProtocol(steps=3, batch_size=8, learning_rates=(1e-3,), warmup_steps=1)
+
+
+@pytest.fixture
+def encoders(tmp_path):
+    """Folders of an encoder without head, before and after half of its weights were set to zero."""
+    tiny_vit().vit.save_pretrained(tmp_path / "unprotected")
+    model = load_model(str(tmp_path / "unprotected"))
+    for weight in noted_prunable_weights(model).values():
+        weight.data[:, ::2] = 0
+    model.config.ntp = {"sparsity": 0.5, "requested_sparsity": 0.5}
+    model.save_pretrained(tmp_path / "protected")
+    return str(tmp_path / "unprotected"), str(tmp_path / "protected")
+
+
+def test_probes_find_what_the_features_show(encoders):
+    found = source_utility(load_model(encoders[0]), pixels(60, 0), pixels(30, 1))
+    assert found.linear_probe > 0.8
+    assert found.knn > 0.8
+    assert found == source_utility(load_model(encoders[0]), pixels(60, 0), pixels(30, 1))
+
+
+def test_measuring_an_encoder_without_head(encoders, attack, tmp_path):
+    def measure(**options):
+        return measure_protection(*encoders, attack.test, attack, [6, 12], [0], QUICK, jobs=1, **options)
+
+    with pytest.raises(ValueError, match="no classification head and source_train is None"):
+        measure()
+    measured = measure(source_train=pixels(60, 0))
+    assert measured.accuracy.measure == "linear_probe"
+    assert measured.accuracy.before == measured.utility.before.linear_probe
+    assert measured.accuracy.after == measured.utility.after.linear_probe
+    assert measured.sparsity.achieved == 0.5
+    assert measured.sparsity.live_fraction > 0.5
+    assert measured.sparsity.layers.keys() <= ViTModel.from_pretrained(encoders[1]).state_dict().keys()
+    assert build_results(SOURCE, TARGET, measured, {})["source"]["measure"] == "linear_probe"
+
+
+def test_attacks_on_an_encoder_without_head(encoders, attack, tmp_path):
+    unprotected, protected = encoders
+    prune_without_protection(unprotected, tmp_path / "magnitude", protected)
+    assert zero_fraction(
+        list(noted_prunable_weights(load_model(str(tmp_path / "magnitude"))).values())
+    ) == pytest.approx(0.5)
+    assert type(ViTModel.from_pretrained(tmp_path / "magnitude")) is ViTModel
+    starts = {"protected": protected, "unprotected": unprotected}
+    names = ["dense", "mask_kept", "lora", "linear_probe", "knn", "distillation", "first_block_reinit", "head_kept"]
+    results = run_attacks(starts, attack, names, [6, 24], [0], QUICK, jobs=1)
+    assert set(results["starts"]["protected"]) == set(names) - {"head_kept"}
+    assert results["not_run"]["protected"] == {"head_kept": NO_HEAD}
+
+
+def test_attacks_that_need_a_head(encoders):
+    model = load_model(encoders[1])
+    needed = {name for name, attack in ATTACKS.items() if attack.unsuitable(model, 2) == NO_HEAD}
+    assert needed == {
+        "head_kept",
+        "source_all_kept",
+        "source_last_kept",
+        "source_last_new",
+        "transntl",
+        "shot",
+    }
