@@ -56,7 +56,7 @@ def card_data(record: Mapping[str, Any], name: str) -> ModelCardData:
     return ModelCardData(
         license=record["terms"]["license"],
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag="image-classification" if _classifies(record) else "image-feature-extraction",
         base_model=record["base_model"]["name"],
         datasets=[domain["dataset"] for domain in every if "/" in domain["dataset"]] or None,
         tags=["non-transferable-pruning", "hf_ntp"],
@@ -94,6 +94,7 @@ def render_card(
         card_data(record, repo_id.rpartition("/")[2]),
         template_path=template_path(),
         record=record,
+        auto_class="AutoModelForImageClassification" if _classifies(record) else "AutoModel",
         repo_id=repo_id,
         figures=figures,
         authorized=_names(record["authorized_domains"]),
@@ -107,6 +108,10 @@ def render_card(
         signed=lambda value: f"{value:+.3f}",
         interval=lambda bounds: "one seed" if bounds[0] is None else f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]",
     )
+
+
+def _classifies(record: Mapping[str, Any]) -> bool:
+    return record["architecture"].endswith("ForImageClassification")
 
 
 def _names(domains: Sequence[Mapping[str, Any]]) -> str:

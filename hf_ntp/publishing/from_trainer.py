@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..data import DomainReference
 from ..evaluation.measure import measure_sparsity
+from ..models import has_head, plain_model
 from .report import build_record, write_report
 
 if TYPE_CHECKING:
@@ -46,13 +47,14 @@ def write_folder(
     model.save_pretrained(folder)
     if trainer.processing_class is not None:
         trainer.processing_class.save_pretrained(folder)
-    classes = [str(label) for label in (model.config.id2label or {}).values()]
+    classes = [str(label) for label in (model.config.id2label or {}).values()] if has_head(model) else []
     named = {name: [str(i) for i in range(int(labels.max()) + 1)] for name, labels in trainer.target_labels.items()}
     name, revision = getattr(model.config, "_name_or_path", ""), getattr(model.config, "_commit_hash", None)
     record = build_record(
         None,
         source or [DomainReference("source", "source", None, None, {}, classes)],
         targets or [DomainReference(name, name, None, None, {}, labels) for name, labels in named.items()],
+        type(plain_model(model)).__name__,
         {"name": name if revision else None, "revision": revision, "weights": None},
         trainer.args.summary(),
         measure_sparsity(model, trainer.train_dataset.source),

@@ -74,6 +74,7 @@ def build_record(
     results: Mapping[str, Any] | None,
     source: Sequence[DomainReference],
     target: Sequence[DomainReference],
+    architecture: str,
     base_model: Mapping[str, Any],
     settings: Mapping[str, Any],
     sparsity: SparsityReport,
@@ -86,6 +87,7 @@ def build_record(
         results: Content of ``results.json``; None where nothing was measured, and the record says so.
         source: Authorized domains.
         target: Unauthorized domains.
+        architecture: Name of the class of transformers that loads the model.
         base_model: "name" (Hub id or None), "revision" and "weights" (digest of every file).
         settings: Everything that determined the run.
         sparsity: Zeros of the published weights.
@@ -98,6 +100,7 @@ def build_record(
         "schema_version": SCHEMA_VERSION,
         "library": {"name": "hf_ntp", "version": version("hf-ntp")},
         "environment": {"python": python_version(), **{name: version(name) for name in _ENVIRONMENT}},
+        "architecture": architecture,
         "base_model": dict(base_model),
         "authorized_domains": [domain.for_record() for domain in source],
         "unauthorized_domains": [domain.for_record() for domain in target],

@@ -51,7 +51,9 @@ def results():
 
 def make_record(results):
     return {
-        **build_record(results, [SOURCE], [TARGET], BASE, SETTINGS, SPARSITY, "apache-2.0"),
+        **build_record(
+            results, [SOURCE], [TARGET], "ViTForImageClassification", BASE, SETTINGS, SPARSITY, "apache-2.0"
+        ),
         # Filled in when it is written; fixed versions, so that the example does not change with the environment.
         "files": {"model.safetensors": "e" * 64},
         "environment": {"torch": "2.13.0"},

@@ -26,6 +26,7 @@ def minimal_record():
         "schema_version": 2,
         "library": {"name": "hf_ntp", "version": "0.1.0"},
         "environment": {"torch": "2.13.0"},
+        "architecture": "ViTForImageClassification",
         "base_model": {"name": "org/base", "revision": None, "weights": {"model.safetensors": "b" * 64}},
         "authorized_domains": [{"name": "photos", "classes": ["cat", "dog"], **domain}],
         "unauthorized_domains": [{"name": "scans", "classes": ["x", "y"], **domain}],

@@ -68,12 +68,14 @@ def test_card_metadata(record):
 
 
 def test_a_card_without_measurements_says_so():
-    record = build_record(None, [SOURCE], [TARGET], BASE, SETTINGS, SPARSITY, terms="Photos only.")
+    record = build_record(None, [SOURCE], [TARGET], "Dinov2Model", BASE, SETTINGS, SPARSITY, terms="Photos only.")
     card = str(render_card(record, "org/photos-only"))
     assert "**Not measured.** The owner applied the protection and has published no evidence" in card
     assert "Not measured by the owner." in card
     assert "- Anything at all: no attack has been measured on these weights." in card
     assert "Photos only." in card
+    assert 'model = AutoModel.from_pretrained("org/photos-only")' in card
+    assert "pipeline_tag: image-feature-extraction" in card
     assert "None" not in card
 
 

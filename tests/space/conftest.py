@@ -68,7 +68,9 @@ def write_protected(folder):
     base = {"name": None, "revision": None, "weights": {"model.safetensors": "d" * 64}}
     # What a stranger may write into a record must arrive on the page as text.
     terms = 'For digits <b>only</b>. <img src="https://example.invalid/x.png" onerror="alert(1)">'
-    record = build_record(results, [source], [target], base, {"sparsity": 0.5}, sparsity, "apache-2.0", terms)
+    record = build_record(
+        results, [source], [target], type(model).__name__, base, {"sparsity": 0.5}, sparsity, "apache-2.0", terms
+    )
     write_report(folder, record, results)
 
 

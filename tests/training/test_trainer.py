@@ -5,7 +5,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import TrainerCallback, ViTModel
 
 from hf_ntp import NTPConfig, NTPTrainer, load_protected
 from hf_ntp.functional import uniform_cross_entropy, whitened_discriminant
@@ -421,6 +421,15 @@ def test_push_to_hub(hub, tmp_path):
     assert (loaded.record["terms"]["text"], loaded.record["evidence"]) == ("Photos only.", [])
     assert loaded.record["sparsity"]["achieved"] == pytest.approx(0.6, abs=1e-3)
     assert loaded.record["unauthorized_domains"][0]["classes"] == ["0", "1", "2", "3"]
+
+
+def test_push_an_encoder_without_a_head(hub, tmp_path):
+    ours = trainer(tmp_path, model=ViTModel(tiny_vit().config), hub_model_id="org/encoder")
+    ours.train()
+    ours.push_to_hub()
+    loaded = load_protected("org/encoder", verify="digests")
+    assert type(loaded.model).__name__ == loaded.record["architecture"] == "ViTModel"
+    assert 'AutoModel.from_pretrained("org/encoder")' in hub.model("org/encoder").files["README.md"].decode()
 
 
 def test_push_at_the_end_of_training(hub, tmp_path):
