@@ -303,8 +303,8 @@ def main(argv: list[str]) -> dict[str, Any]:
         shutil.copytree(weights, folder, dirs_exist_ok=True)
         results = build_results(*references, measured, watch.seconds)
         record = build_record(
-            results, [references[0]], [references[1]], type(model).__name__, origin, config.summary(), measured.sparsity, recipe.license,
-            recipe.terms,
+            results, [references[0]], [references[1]], type(model).__name__, origin, config.summary(),
+            measured.sparsity, recipe.license, recipe.terms,
         )  # fmt: skip
         write_report(folder, record, results, repo_id=recipe.repo_id)
     return show(run)

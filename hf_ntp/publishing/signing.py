@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -116,9 +117,15 @@ def check_signature(
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise VerificationError(
-            f"{signature} does not verify with {public_key} ({str(error)[:600]}); needed: a signature by this key "
+            f"{signature} does not verify with {public_key} ({_told(error)}); needed: a signature by this key "
             "over exactly the files there. Download the folder anew and check with its owner that the key is theirs."
         ) from error
+
+
+def _told(error: Exception) -> str:
+    """What the library found; of files that differ the names, without digests as escaped bytes."""
+    names = re.findall(r"Hash mismatch for \\*'(.+?)\\*'", str(error))
+    return f"Hash mismatch for {', '.join(map(repr, names))}" if names else str(error)[:600]
 
 
 class _KnownDigests:
