@@ -13,7 +13,23 @@ ARM_LABELS = {
     "protected_mask": "protected, mask kept",
     "protected_dense": "protected, all weights tuned",
 }
-_ATTACK_LABELS = {"mask_kept": "mask kept", "dense": "all weights tuned"}
+_ATTACK_LABELS = {
+    "mask_kept": "mask kept",
+    "dense": "all weights tuned",
+    "dense_3x": "all weights tuned, three times as long",
+    "dense_sgd": "all weights tuned with SGD",
+    "bias_only": "biases tuned only",
+    "stem_reinit": "new stem, all weights tuned",
+    "first_block_reinit": "new first block, all weights tuned",
+    "last_block_reinit": "new last block, all weights tuned",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "ia3": "IA3",
+    "whitened_probe": "linear probe, features whitened",
+    "knn": "nearest neighbours",
+    "transntl": "TransNTL",
+    "shot": "SHOT",
+}
 _MEASURES = {
     "classification": "test accuracy",
     "linear_probe": "accuracy of a linear probe",

@@ -81,6 +81,6 @@ def not_tested(evidence: Iterable[Mapping[str, Any]]) -> list[str]:
     if not evidence:
         return ["Anything at all: no attack has been measured on these weights.", *_BEYOND[1:]]
     run = {name for measurement in evidence for name in measurement["attacks"]}
-    missing = [name.replace("_", " ") for name in ATTACKS if name not in run]
+    missing = [name for name in ATTACKS if name not in run]
     first = [f"Attacks of hf_ntp that were not run on these weights: {', '.join(missing)}."] if missing else []
     return [*first, *_BEYOND]

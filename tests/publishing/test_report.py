@@ -106,7 +106,7 @@ def test_evidence_by_hand(record):
     assert measurement["worst_case"] == {
         "attack": "dense", "slc_auc": pytest.approx(0.05), "retained_transfer": pytest.approx(0.25)
     }  # fmt: skip
-    assert "linear probe" in record["not_tested"][0]
+    assert "linear_probe" in record["not_tested"][0]
     assert "dense," not in record["not_tested"][0]
 
 
@@ -131,7 +131,7 @@ def test_attacks_are_added_to_record_card_and_figures(folder, attacks, written):
     assert record["evidence"][1]["attacks"]["lora"]["unprotected"] is None
     assert " lora," not in record["not_tested"][0]
     card = (folder / "README.md").read_text()
-    assert "| lora |  | -0.200 | [-0.300, -0.100] | -0.200 |  |" in card
+    assert "| LoRA |  | -0.200 | [-0.300, -0.100] | -0.200 |  |" in card
     assert "![Attacks on scans](attacks.png)" in card
     assert {"attacks.json", "attacks.png"} <= set(record["files"])
     assert not (folder / "model.sig").exists(), "it was made for other files"
