@@ -115,13 +115,18 @@ def _push_options(parser: ArgumentParser) -> None:
     parser.add_argument("--public", action="store_true", help="make a new repository public; default private")
     parser.add_argument("--gated", choices=["auto", "manual"], help="let visitors ask for access first")
     parser.add_argument("--branch", help="branch to push to; made when missing")
+    parser.add_argument("--private_key", help="sign the folder first, as `hf-ntp sign` does")
+    parser.add_argument("--password", help="of that key, if it is encrypted")
     parser.add_argument("--public_key", help="check the signature before pushing")
     parser.add_argument("--token", help="access token; default the one of `hf auth login`")
 
 
 def _push(options: Namespace) -> dict[str, Any]:
     from .publishing.hub import push_folder
+    from .publishing.signing import sign_folder
 
+    if options.private_key is not None:
+        sign_folder(options.folder, options.private_key, options.password)
     commit = push_folder(
         options.folder,
         options.repo_id,

@@ -51,6 +51,17 @@ def test_one_json_document(folder, tmp_path, capsys):
     assert json.loads(run(capsys, "info", folder, "--json")[1].out) == found["record"]
 
 
+def test_signed_and_pushed_in_one_go(folder, hub, tmp_path, capsys):
+    private, public = make_keys(tmp_path)
+    code, printed = run(capsys, "push", folder, "org/model", "--private_key", private, "--gated", "manual", "--json")
+    assert code == 0, printed.err
+    assert json.loads(printed.out)["commit"] == hub.model("org/model").commits[-1].oid
+    assert (hub.model("org/model").private, hub.model("org/model").gated) == (True, "manual")
+    assert run(capsys, "verify", "org/model", "--public_key", public)[0] == 0
+    code, printed = run(capsys, "push", folder, "elsewhere/model")
+    assert (code, "403" in printed.err) == (1, True)
+
+
 def test_refusals_have_a_message_and_exit_code_1(folder, tmp_path, capsys):
     (folder / "model.safetensors").write_bytes(b"other weights")
     code, printed = run(capsys, "verify", folder)
