@@ -73,6 +73,8 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", OWNER)
+        # transformers keeps a client, which has the address of its first use.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
         yield server
     # No connection to a server that is gone is kept for the next test.
     huggingface_hub.close_session()
