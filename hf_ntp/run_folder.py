@@ -89,6 +89,11 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def weight_digests(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of every weight file of a model folder, by file name."""
+    return {path.name: file_digest(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
 class Stopwatch:
     """Wall seconds per stage of a run, kept in a file so that a continued run still knows the whole.
 

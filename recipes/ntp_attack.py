@@ -85,8 +85,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     from hf_ntp.evaluation.controls import prune_without_protection
     from hf_ntp.evaluation.suite import run_attacks
     from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
-    from hf_ntp.publishing.report import weight_digests
-    from hf_ntp.run_folder import claim_run_folder, whole_file
+    from hf_ntp.run_folder import claim_run_folder, weight_digests, whole_file
 
     words = {"decisive": list(DECISIVE), "all": list(ATTACKS)}
     attacks = list(dict.fromkeys(name for word in arguments.attacks for name in words.get(word, [word])))

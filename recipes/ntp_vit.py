@@ -221,8 +221,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     from hf_ntp.data import RandomShift, check_target
     from hf_ntp.evaluation.runner import check_seeds
     from hf_ntp.functional import check_sample_sizes
-    from hf_ntp.publishing.report import build_record, build_results, weight_digests, write_report
-    from hf_ntp.run_folder import Stopwatch, claim_run_folder, whole_folder
+    from hf_ntp.publishing.report import build_record, build_results, write_report
+    from hf_ntp.run_folder import Stopwatch, claim_run_folder, weight_digests, whole_folder
     from hf_ntp.training.pretraining import train_classifier
 
     # Whatever is wrong with options or data shows here, before any training starts.

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from hf_ntp import cli, verify_folder
-from hf_ntp.publishing.report import weight_digests, write_report
+from hf_ntp.publishing.report import write_report
+from hf_ntp.run_folder import weight_digests
 
 from .publishing.conftest import make_attacks, make_record, make_results
 from .publishing.folders import make_folder, make_keys

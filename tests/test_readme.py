@@ -11,7 +11,8 @@ from transformers import ViTImageProcessorPil
 
 import hf_ntp
 from hf_ntp import cli
-from hf_ntp.publishing.report import weight_digests, write_report
+from hf_ntp.publishing.report import write_report
+from hf_ntp.run_folder import weight_digests
 
 from .conftest import tiny_vit
 from .publishing.conftest import make_attacks, make_record, make_results

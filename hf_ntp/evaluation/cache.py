@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from ..run_folder import file_digest, whole_file
+from ..run_folder import weight_digests, whole_file
 
 # Raise it when a change to an attack or to its loop changes results.
 FIT_VERSION = 3
@@ -34,13 +34,13 @@ def checkpoint_digest(folder: Path) -> str:
     Raises:
         FileNotFoundError: If the folder holds no weights.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    digests = weight_digests(folder)
+    if not digests:
         raise FileNotFoundError(
             f"{folder} holds no *.safetensors file; needed: a checkpoint saved with save_pretrained. Convert older "
             "pickled weights by loading and saving them once."
         )
-    return content_key({file.name: file_digest(file) for file in files})
+    return content_key(digests)
 
 
 class ResultCache:

@@ -20,6 +20,10 @@ class FeatureDistance(NamedTuple):
     relative_error: Tensor
     """Mean squared distance over the reference's variance: 1 is as bad as its mean in place of every row."""
 
+    def sum(self) -> Tensor:
+        """Both together: the loss that keeps features, about 2 where nothing is left."""
+        return self.cosine + self.relative_error
+
 
 def feature_distance(features: Tensor, reference: Tensor) -> FeatureDistance:
     """Distance of features [N, D] from a reference [N, D], row by row; two scalars.

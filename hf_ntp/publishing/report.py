@@ -14,7 +14,7 @@ from ..data import DomainReference
 from ..evaluation.measure import Measurement, SparsityReport
 from ..evaluation.summary import retained, summarize
 from ..models.sparse_storage import compress_folder
-from ..run_folder import file_digest, whole_file
+from ..run_folder import weight_digests, whole_file
 from .attack_report import plot_attacks
 from .card import ARM_LABELS, render_card
 from .evidence import not_tested, standard_measurement, suite_measurement
@@ -231,11 +231,6 @@ def _read_json(path: Path, missing_ok: bool = True) -> dict[str, Any] | None:
     if missing_ok and not path.exists():
         return None
     return json.loads(path.read_text())
-
-
-def weight_digests(folder: str | Path) -> dict[str, str]:
-    """SHA-256 of every weight file of a model folder, by file name."""
-    return {path.name: file_digest(path) for path in sorted(Path(folder).glob("*.safetensors"))}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

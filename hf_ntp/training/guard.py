@@ -115,7 +115,7 @@ class FeatureGuard(Guard):
         """
         distance = self.distance(images, features, batch_statistics=True)
         self._note(distance.relative_error.detach())
-        return distance.cosine + distance.relative_error
+        return distance.sum()
 
     def distance(self, images: Tensor, features: Tensor, batch_statistics: bool = False) -> FeatureDistance:
         """Distance of features [N, D] from the original's on the same images.

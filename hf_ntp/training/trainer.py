@@ -200,13 +200,11 @@ class NTPTrainer(Trainer):
         }
         self._head_name, self._head = head_name, head
         self._pool: AttackerPool | None = None
-        self._teacher: nn.Module | None = None
         # All three are of the model before protection, also where training resumes.
         self._guard = (FeatureGuard if self._matches_features else SourceGuard)(self.model, args, args.device)
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
         self._original_weights = _digest(p for p in self.model.parameters() if p.requires_grad or not self._headless)
-        self._excess = torch.zeros(())
         self._attacked: dict[str, tuple[Tensor, Tensor]] = {}
         self._attacker_losses: dict[str, list[Tensor]] = {}
         self._batch_norm = has_batch_norm(network)
@@ -262,7 +260,7 @@ class NTPTrainer(Trainer):
         with recorded_features(self._head) as features:
             model(pixel_values=images)
         distance = self._guard.distance(images, features[-1])
-        loss = distance.cosine + distance.relative_error
+        loss = distance.sum()
         return (loss, {"features": features[-1]}) if return_outputs else loss
 
     def _forward(
@@ -525,10 +523,7 @@ class NTPTrainer(Trainer):
         """Write a checkpoint under another name and rename it: a folder called checkpoint-N is always whole."""
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            staging = Path(self._get_output_dir(trial)) / _STAGING
-            shutil.rmtree(staging, ignore_errors=True)
-            # Every rank writes into it; if each made it where it is missing, one could come between.
-            (staging / name).mkdir(parents=True)
+            shutil.rmtree(Path(self._get_output_dir(trial)) / _STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         with self._staged():
             super()._save_checkpoint(model, trial)

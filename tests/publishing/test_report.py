@@ -8,7 +8,8 @@ from PIL import Image
 
 from hf_ntp import read_record
 from hf_ntp.publishing.card import render_card
-from hf_ntp.publishing.report import build_record, refresh_report, results_table, weight_digests, write_report
+from hf_ntp.publishing.report import build_record, refresh_report, results_table, write_report
+from hf_ntp.run_folder import weight_digests
 
 from .conftest import BASE, SETTINGS, SOURCE, SPARSITY, TARGET, make_record, make_results
 
