@@ -75,5 +75,7 @@ def test_a_neighbourhood_keeps_range_labels_and_order():
         assert values.min() >= low - 1e-5
         assert values.max() <= high + 1e-5
     assert torch.equal(rows[1]["pixel_values"], ours.__getitems__([4, 9])[1]["pixel_values"])
-    assert not torch.equal(rows[1]["pixel_values"], Neighbourhood(source, seed=4).__getitems__([4, 9])[1]["pixel_values"])
+    assert not torch.equal(
+        rows[1]["pixel_values"], Neighbourhood(source, seed=4).__getitems__([4, 9])[1]["pixel_values"]
+    )
     assert not torch.equal(rows[0]["pixel_values"], source.images[4])
