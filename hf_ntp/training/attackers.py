@@ -162,6 +162,21 @@ def _entropy(labels: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
+def slot_domains(names: Sequence[str], slots: int, shares: Sequence[float] | None = None) -> list[str]:
+    """Unauthorized domain that each slot attacks: one each, then whichever is furthest below its share.
+
+    Args:
+        names: Of the domains.
+        slots: Number of simulated attackers, at least one per domain.
+        shares: Of the domains; equal by default.
+    """
+    wanted = dict(zip(names, shares or [1.0] * len(names), strict=True))
+    domains = list(names)
+    while len(domains) < slots:
+        domains.append(min(names, key=lambda name: (domains.count(name) + 1) / wanted[name]))
+    return domains
+
+
 class AttackerPool:
     """Simulated attackers of all unauthorized domains, in slots; a slot belongs to one domain.
 
@@ -177,6 +192,7 @@ class AttackerPool:
         labels: Labels [N] of every unauthorized domain, by name.
         options: Options that begin with ``attacker``.
         seed: Seed of all plans; the same on every rank.
+        shares: Of the domains in the slots; equal by default.
     """
 
     def __init__(
@@ -187,6 +203,7 @@ class AttackerPool:
         labels: Mapping[str, np.ndarray],
         options: ProtectionArguments,
         seed: int,
+        shares: Sequence[float] | None = None,
     ) -> None:
         if options.attackers < len(labels):
             raise ValueError(
@@ -195,6 +212,7 @@ class AttackerPool:
             )
         self.model, self.head, self.options, self.seed = model, head, options, seed
         self.num_classes = {name: int(values.max()) + 1 for name, values in labels.items()}
+        self._domains = slot_domains(list(labels), options.attackers, shares)
         # Cross-entropy of somebody who knows how frequent the classes are and nothing else, in nats.
         self.chance = {name: _entropy(values) for name, values in labels.items()}
         self.weights = {
@@ -212,7 +230,7 @@ class AttackerPool:
 
     def domain(self, slot: int) -> str:
         """Name of the unauthorized domain that a slot attacks."""
-        return list(self.num_classes)[slot % len(self.num_classes)]
+        return self._domains[slot]
 
     def step(
         self,
@@ -251,9 +269,8 @@ class AttackerPool:
 
     def _slice(self, slot: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Part of a domain's batch that belongs to a slot: its attackers share the batch out among them."""
-        domains = len(self.num_classes)
-        parts = len(range(slot % domains, len(self.lives), domains))
-        place = slot // domains
+        domain = self._domains[slot]
+        parts, place = self._domains.count(domain), self._domains[:slot].count(domain)
         return images.tensor_split(parts)[place], labels.tensor_split(parts)[place]
 
     def _living(self, slot: int, masks: Callable[[], Mapping[str, Tensor]]) -> _Attacker:
