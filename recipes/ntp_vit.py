@@ -28,7 +28,6 @@ from transformers.hf_argparser import HfArgumentParser
 from hf_ntp.training.arguments import PRESETS, ProtectionArguments
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
     from transformers import BaseImageProcessor, PreTrainedModel
 
     from hf_ntp import NTPConfig
@@ -56,9 +55,12 @@ class RecipeArguments:
         default=None, metadata={"help": "Model to protect, Hub id or folder. Default: a small ViT trained here."}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of that model."})
-    source_dataset: str = field(
-        default="mnist",
-        metadata={"help": "Authorized domain: mnist, mnistm, optdigits, syn, a Hub id, a folder of images, parquet."},
+    source_dataset: list[str] = field(
+        default_factory=lambda: ["mnist"],
+        metadata={
+            "help": "Authorized domains: mnist, mnistm, optdigits, syn, Hub ids, folders of images, parquet. Several "
+            "have the same classes; the options below are then for each of them."
+        },
     )
     source_config: str | None = field(default=None, metadata={"help": "Configuration of that Hub dataset."})
     source_split: str | None = field(default=None, metadata={"help": "Take only this split, and divide it."})
@@ -66,9 +68,15 @@ class RecipeArguments:
     source_image_column: str | None = field(default=None, metadata={"help": "Its image column."})
     source_label_column: str | None = field(default=None, metadata={"help": "Its label column."})
     source_max_samples: int | None = field(default=None, metadata={"help": "Use at most so many images per split."})
-    target_dataset: str = field(
-        default="optdigits",
-        metadata={"help": "Unauthorized domain, as above; what of it the protection sees is --target_access."},
+    target_dataset: list[str] = field(
+        default_factory=lambda: ["optdigits"],
+        metadata={
+            "help": "Unauthorized domains, as above, each with classes of its own; what of them the protection sees "
+            "is --target_access."
+        },
+    )
+    third_dataset: str | None = field(
+        default=None, metadata={"help": "A domain that is neither, on which collateral damage is measured."}
     )
     target_config: str | None = field(default=None, metadata={"help": "Configuration of that Hub dataset."})
     target_split: str | None = field(default=None, metadata={"help": "Take only this split, and divide it."})
@@ -151,14 +159,6 @@ def parse(argv: list[str]) -> tuple[RecipeArguments, NTPConfig]:
     return recipe, config
 
 
-def load(recipe: RecipeArguments, side: str) -> DatasetDict:
-    """Load the "source" or the "target" domain."""
-    from hf_ntp import load_domain
-
-    options = {key.removeprefix(f"{side}_"): value for key, value in vars(recipe).items() if key.startswith(side)}
-    return load_domain(options.pop("dataset"), **options)
-
-
 def base_model(recipe: RecipeArguments, labels: list[str]) -> BaseModel:
     """Load the model to protect, or make a small ViT, and tell whether it knows the source's classes."""
     import torch
@@ -217,11 +217,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     import shutil
 
     from accelerate.utils import wait_for_everyone
+    from hf_ntp.recipes import domains
     from transformers import AutoModelForImageClassification
     from transformers.trainer_utils import get_last_checkpoint
 
     import hf_ntp
-    from hf_ntp.data import RandomShift, check_target
+    from hf_ntp.data import RandomShift
     from hf_ntp.evaluation.runner import check_seeds
     from hf_ntp.functional import check_sample_sizes
     from hf_ntp.publishing.report import build_record, build_results, write_report
@@ -234,17 +235,10 @@ def main(argv: list[str]) -> dict[str, Any]:
     )
     check_sample_sizes(recipe.sample_sizes)
     check_seeds(recipe.attack_seeds)
-    source, target = load(recipe, "source"), load(recipe, "target")
-    check_target(source["train"]["label"], "the source")
-    check_target(target["train"]["label"])
-    target["owner"], target["attacker"] = hf_ntp.split_owner_attacker(target.pop("train"), recipe.owner_fraction)
-    for seed in recipe.attack_seeds:
-        hf_ntp.nested_subsets(target["attacker"]["label"], recipe.sample_sizes, seed)
-    start = base_model(recipe, source["train"].features["label"].names)
-    authorized, unauthorized = (
-        {part: hf_ntp.PixelDataset.from_dataset(data, start.processor) for part, data in domain.items()}
-        for domain in (source, target)
-    )
+    loaded = domains.load_all(recipe)
+    start = base_model(recipe, next(iter(loaded.source.values()))["train"].features["label"].names)
+    pixels = domains.as_pixels(loaded, start.processor)
+    authorized = domains.part_of(pixels.source, "train")
     settings = {key: value for key, value in vars(recipe).items() if key not in _FREE} | config.fingerprint()
     run, first = Path(str(config.output_dir)), config.process_index == 0
     if first:
@@ -260,7 +254,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             model = AutoModelForImageClassification.from_pretrained(base)
         elif start.learning_rate is not None:
             train_classifier(
-                model, authorized["train"], str(run / "work"), recipe.pretrain_steps, start.learning_rate,
+                model, domains.joined(authorized), str(run / "work"), recipe.pretrain_steps, start.learning_rate,
                 transform=augment, seed=recipe.pretrain_seed, use_cpu=config.use_cpu,
             )  # fmt: skip
     if first and not base.exists():
@@ -271,9 +265,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     trainer = hf_ntp.NTPTrainer(
         model,
         config,
-        authorized["train"],
-        None if config.target_access == "none" else {Path(recipe.target_dataset).name: unauthorized["owner"]},
-        eval_dataset=authorized["validation"],
+        domains.only(authorized),
+        None if config.target_access == "none" else domains.part_of(pixels.target, "owner"),
+        eval_dataset=domains.only(domains.part_of(pixels.source, "validation")),
         processing_class=start.processor,
         source_transform=augment,
     )
@@ -286,18 +280,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     if not first:
         return {}
 
-    attack = hf_ntp.AttackData(*(unauthorized[part] for part in ("attacker", "validation", "test")))
     with watch("evaluate"):
-        measured = hf_ntp.measure_protection(
-            base, weights, authorized["test"], attack, recipe.sample_sizes, recipe.attack_seeds, protocol,
-            cache_dir=run / "work" / "fits", jobs=recipe.jobs,
-        )  # fmt: skip
-    if config.target_access == "none":
-        del target["owner"]  # nobody has seen it
-    references = (
-        hf_ntp.DomainReference.of(recipe.source_dataset, source, recipe.source_config, recipe.source_revision),
-        hf_ntp.DomainReference.of(recipe.target_dataset, target, recipe.target_config, recipe.target_revision),
-    )
+        found = domains.measure(
+            base, weights, pixels, recipe, protocol, cache_dir=run / "work" / "fits", jobs=recipe.jobs
+        )
+    sources, targets, thirds = domains.references(recipe, loaded, config.target_access)
+    third = thirds[0] if thirds else None
     name = recipe.model_name_or_path
     origin = {
         "name": None if name is None or Path(name).exists() else name,
@@ -306,10 +294,15 @@ def main(argv: list[str]) -> dict[str, Any]:
     }
     with whole_folder(run / "protected") as folder:
         shutil.copytree(weights, folder, dirs_exist_ok=True)
-        results = build_results(*references, measured, watch.seconds, config.target_access)
+        results = build_results(
+            sources[0], targets[0], found.first, watch.seconds, config.target_access,
+            list(zip(sources[1:], found.other_sources, strict=True)),
+            list(zip(targets[1:], found.other_targets, strict=True)),
+            None if third is None or found.third is None else (third, found.third),
+        )  # fmt: skip
         record = build_record(
-            results, [references[0]], [references[1]], type(model).__name__, origin, config.summary(),
-            measured.sparsity, recipe.license, recipe.terms,
+            results, sources, targets, type(model).__name__, origin, config.summary(),
+            found.first.sparsity, recipe.license, recipe.terms, third,
         )  # fmt: skip
         write_report(folder, record, results, repo_id=recipe.repo_id)
     return show(run)
