@@ -179,7 +179,7 @@ def test_several_domains_a_third_and_no_access(recipe, tmp_path):
             "--source_dataset", "mnist", "optdigits", "--source_weights", '{"mnist": 2, "optdigits": 1}',
             "--target_dataset", "syn", "mnistm", "--third_dataset", "optdigits", "--target_access", "none",
             "--output_dir", str(tmp_path / "run"), *QUICK, "--attack_seeds", "0", "--max_steps", "4",
-            "--save_strategy", "no", "--target_max_samples", "300", "--attack_steps", "6",
+            "--save_strategy", "no", "--target_max_samples", "300",
         ]
     )  # fmt: skip
     assert results["target"] == {"domain": "syn", "dataset": "syn", "access": "none"}
