@@ -11,7 +11,7 @@ Your own model and data, from the Hub or from folders:
 
 Every option of NTPConfig and transformers.TrainingArguments is understood too; --config takes a YAML file of them
 (the default one holds the numbers of steps of the demo). The result is OUTPUT_DIR/protected. Running the same command
-again continues an interrupted run.
+again continues an interrupted run; SIGTERM or Ctrl-C during protection saves a checkpoint first.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
+from hf_ntp.interruption import unwind_on_sigterm
 from hf_ntp.training.arguments import PRESETS, ProtectionArguments
 
 if TYPE_CHECKING:
@@ -311,4 +312,5 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    unwind_on_sigterm()
     main(sys.argv[1:])

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import random
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from . import survival
 from .hub_server import HubServer
 from .publishing.folders import make_folder
 
@@ -19,8 +22,6 @@ _fresh.set_forkserver_preload(["tests.survival"])
 
 
 def start(job, folder, **death):
-    from . import survival
-
     process = _fresh.Process(target=survival.run, args=(job, str(folder)), kwargs=death, daemon=True)
     process.start()
     return process
@@ -35,11 +36,6 @@ def finish(job, folder, **death):
 
 def said(folder):
     return Path(f"{folder}.log").read_text()[-3000:]
-
-
-def events(folder):
-    """Number of file events of the last whole run in a folder."""
-    return int(Path(f"{folder}.events").read_text())
 
 
 def without_times(log):
@@ -89,18 +85,32 @@ def whole(tmp_path_factory):
     return get
 
 
-def killed_and_continued(job, folder, deaths):
-    """Kill a job at every one of these moments, then let it end; the result must be that of the whole one."""
-    for death in deaths:
-        assert finish(job, folder, **death) in (-signal.SIGKILL, 0)
+def survives(job, reference, folder, kills, moments):
+    """Kill a job so many times at these moments; whenever it has ended, the result must be that of the whole one."""
+    killed = 0
+    while killed < kills:
+        status = finish(job, folder, **next(moments))
+        assert status in (-signal.SIGKILL, 0), said(folder)
+        killed += status != 0
+        if status == 0:
+            CHECKS[job](reference, folder)
+            shutil.rmtree(folder)
     assert finish(job, folder) == 0, said(folder)
-    return folder
+    CHECKS[job](reference, folder)
 
 
-def kills(count, seed, last):
-    """As many file events, at random: those of early ones die in the first save, those of late ones in the last."""
+def at_file_events(seed, folder):
+    """Moments at random among the file events of a whole run, which are denser while something is saved."""
+    draw, last = random.Random(seed), int(Path(f"{folder}.events").read_text())
+    while True:
+        yield {"at": draw.randint(1, last)}
+
+
+def at_any_time(seed):
+    """By the clock, so that a death may come amid a computation or amid a file."""
     draw = random.Random(seed)
-    return [{"at": draw.randint(1, last)} for _ in range(count)]
+    while True:
+        yield {"seconds": draw.uniform(0.05, 1.5)}
 
 
 def check_protect(reference, folder):
@@ -119,29 +129,25 @@ def check_sweep(reference, folder):
 CHECKS = {"protect": check_protect, "sweep": check_sweep}
 
 
-@pytest.mark.parametrize(("job", "count"), [("protect", 2), ("sweep", 1)])
-def test_killed_runs_end_as_uninterrupted_ones(whole, tmp_path, job, count):
+@pytest.mark.parametrize(("job", "kills"), [("protect", 2), ("sweep", 1)])
+def test_killed_runs_end_as_uninterrupted_ones(whole, tmp_path, job, kills):
     reference = whole(job)
-    CHECKS[job](reference, killed_and_continued(job, tmp_path / "run", kills(count, 0, events(reference))))
+    survives(job, reference, tmp_path / "run", kills, at_file_events(0, reference))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 6))
-@pytest.mark.parametrize(("job", "count"), [("protect", 6), ("sweep", 3)])
-def test_runs_killed_at_file_events(whole, tmp_path, job, count, seed):
+@pytest.mark.parametrize(("job", "kills"), [("protect", 6), ("sweep", 3)])
+def test_runs_killed_at_file_events(whole, tmp_path, job, kills, seed):
     reference = whole(job)
-    CHECKS[job](reference, killed_and_continued(job, tmp_path / "run", kills(count, seed, events(reference))))
+    survives(job, reference, tmp_path / "run", kills, at_file_events(seed, reference))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("job", CHECKS)
 def test_runs_killed_at_any_time(whole, tmp_path, job, seed):
-    """By the clock rather than by an event, so that a death may come amid a computation or amid a file."""
-    reference = whole(job)
-    draw = random.Random(seed)
-    deaths = [{"seconds": draw.uniform(0.05, 1.5)} for _ in range(4)]
-    CHECKS[job](reference, killed_and_continued(job, tmp_path / "run", deaths))
+    survives(job, whole(job), tmp_path / "run", 4, at_any_time(seed))
 
 
 @pytest.mark.slow
@@ -179,3 +185,46 @@ def test_signals_save_and_stop(whole, tmp_path, job, status, step):
     assert not (folder / "weights").exists()
     assert finish("protect", folder) == 0, said(folder)
     check_protect(reference, folder)
+
+
+def survives_a_full_disk(job, reference, folder, size):
+    status = finish("on_small_disk", folder, doing=job, size=size)
+    if status == survival.NO_DISK:
+        pytest.skip("needs the right to mount a small disk")
+    assert status == 0, said(folder)
+    failed, message = Path(f"{folder}.failed"), Path(f"{folder}.said").read_text()
+    assert re.match(r"NotWrittenError.* was not written: No space left on device; needed: more room \(0\.", message)
+    assert not list(failed.rglob("*unfinished*")), "what cannot be finished takes no room"
+    for checkpoint in failed.glob("work/checkpoint-*"):
+        assert {path.name for path in checkpoint.iterdir()} == {
+            path.name for path in (reference / "work" / "checkpoint-10").iterdir()
+        }
+    CHECKS[job](reference, Path(f"{folder}.ended"))
+
+
+def test_a_full_disk(whole, tmp_path):
+    survives_a_full_disk("protect", whole("protect"), tmp_path / "run", 900)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", range(40, 1600, 120))
+def test_disks_that_are_full_at_any_point(whole, tmp_path, size):
+    survives_a_full_disk("protect", whole("protect"), tmp_path / "run", size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [20, 72, 80])
+def test_a_sweep_on_a_full_disk(whole, tmp_path, size):
+    survives_a_full_disk("sweep", whole("sweep"), tmp_path / "run", size)
+
+
+def test_all_that_writes_says_why_it_cannot(tmp_path):
+    if finish("writers", tmp_path) == survival.NO_DISK:
+        pytest.skip("needs the right to mount a small disk")
+    found = json.loads((tmp_path / "found.json").read_text())
+    for what, message in found.items():
+        full = (
+            "No space left on device; needed: more room" if "full" in what else "Read-only file system; needed: a fo"
+        )
+        assert message.startswith("NotWrittenError"), (what, message)
+        assert full in message, (what, message)

@@ -524,7 +524,8 @@ class NTPTrainer(Trainer):
             return None
         repo_id = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
         with TemporaryDirectory() as folder:
-            write_folder(self, folder, repo_id, **about)
+            with writing(Path(folder)):
+                write_folder(self, folder, repo_id, **about)
             return push_folder(
                 folder,
                 repo_id,
