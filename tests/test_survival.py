@@ -6,6 +6,9 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ from safetensors.torch import load_file
 from . import survival
 from .hub_server import HubServer
 from .publishing.folders import make_folder
+
+ROOT = Path(__file__).parents[1]
 
 # Forks of a process that has imported everything: importing takes longer than these jobs.
 _fresh = multiprocessing.get_context("forkserver")
@@ -207,13 +212,13 @@ def test_a_full_disk(whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", range(40, 1600, 120))
+@pytest.mark.parametrize("size", range(40, 1400, 120))
 def test_disks_that_are_full_at_any_point(whole, tmp_path, size):
     survives_a_full_disk("protect", whole("protect"), tmp_path / "run", size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [20, 72, 80])
+@pytest.mark.parametrize("size", [20, 40, 60, 72])
 def test_a_sweep_on_a_full_disk(whole, tmp_path, size):
     survives_a_full_disk("sweep", whole("sweep"), tmp_path / "run", size)
 
@@ -228,3 +233,61 @@ def test_all_that_writes_says_why_it_cannot(tmp_path):
         )
         assert message.startswith("NotWrittenError"), (what, message)
         assert full in message, (what, message)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += ["-m", "tests.training.ddp_interrupted"]
+    ranks = {}
+    for folder, how in (("a", "whole"), ("b", "interrupted"), ("b", "resumed")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        done = subprocess.run([*launch, str(tmp_path / folder), how], cwd=ROOT, capture_output=True, timeout=200)
+        assert (done.returncode == 0) == (how != "interrupted"), done.stderr[-3000:]
+        ranks[how] = [torch.load(tmp_path / folder / f"{how}{rank}.pt") for rank in (0, 1)]
+    assert {step for step, _ in ranks["interrupted"]} == {4}, "the step after the one that got it"
+    assert (tmp_path / "b" / "run" / "checkpoint-4" / "ntp_state.safetensors").exists()
+    for (step, resumed), (last, whole) in zip(ranks["resumed"], ranks["whole"], strict=True):
+        assert step == last
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+QUICK = (
+    "--max_steps 20 --pretrain_steps 10 --save_steps 10 --attack_steps 22 --attack_seeds 0 1 --sample_sizes 10 20 "
+    "--attack_learning_rates 1e-3 --report_to none --disable_tqdm true --source_max_samples 300 --jobs 2"
+).split()
+
+
+@pytest.mark.slow
+def test_the_recipe_ended_by_signals_at_any_time(tmp_path):
+    """Its command, ended at random moments of pretraining, protection and evaluation; the same result in the end."""
+
+    def launch(run):
+        command = [sys.executable, str(ROOT / "recipes" / "ntp_vit.py"), "--output_dir", str(run), *QUICK]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+    started = time.monotonic()
+    process = launch(tmp_path / "whole")
+    assert process.wait(600) == 0, process.stderr.read()
+    seconds, draw, killed = time.monotonic() - started, random.Random(0), 0
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT) * 3:
+        process = launch(tmp_path / "run")
+        try:
+            process.wait(draw.uniform(0.2, 0.9) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+            assert (
+                process.wait(100)
+                in ({signal.SIGTERM: {143, -15}, signal.SIGKILL: {-9}, signal.SIGINT: {1, 130, -2}})[number]
+            )
+            killed += 1
+    process = launch(tmp_path / "run")
+    assert process.wait(600) == 0, process.stderr.read()
+    assert killed >= 3
+    results = [json.loads((tmp_path / run / "protected" / "results.json").read_text()) for run in ("whole", "run")]
+    for result in results:
+        del result["seconds"]
+    assert results[0] == results[1]
+    for part in ("unprotected", "work/checkpoint-20", "work/protected"):
+        assert_same(tmp_path / "whole" / part, tmp_path / "run" / part)
+    assert not list((tmp_path / "run").rglob("*unfinished*"))

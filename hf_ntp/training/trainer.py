@@ -32,6 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from ..data import check_labels
 from ..interruption import KeptSignals
 from ..models import (
+    blocks_of,
     check_precision,
     find_head,
     frozen_batch_norm_statistics,
@@ -163,6 +164,7 @@ class NTPTrainer(Trainer):
         else:
             check_labels(labels_of(paired.source, "train_dataset"), head.out_features, "train_dataset")
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
+        self._check_fit(network, args, len(paired))
         self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
         check_pattern(self.prunable, args.prune_pattern)
         self.paired_sampler = PairedSampler(
@@ -216,6 +218,18 @@ class NTPTrainer(Trainer):
         self._signals = KeptSignals()
         self._leaving = self._ended = self._staging = False
         self.add_callback(PruningCallback(self))
+
+    @staticmethod
+    def _check_fit(network: PreTrainedModel, args: NTPConfig, rows: int) -> None:
+        """Raise ``ValueError`` for what would only fail amid training."""
+        if args.attackers and args.attacker_weight and args.attacker_informed:
+            blocks_of(network)
+        last = 0 if args.dataloader_drop_last or args.world_size > 1 else rows % args.train_batch_size
+        if has_batch_norm(network) and 1 in (args.per_device_train_batch_size, last):
+            raise ValueError(
+                f"{rows} rows in batches of {args.per_device_train_batch_size} make a batch of one image; needed: at "
+                "least two, or BatchNorm has nothing to average. Set dataloader_drop_last=True or another batch size."
+            )
 
     # Objective
 
@@ -373,7 +387,7 @@ class NTPTrainer(Trainer):
         with torch.no_grad():
             # A mask makes -0.0 of negative weights: the same number, but no zero bits to leave out where it is stored.
             torch._foreach_add_(list(self.prunable.values()), 0.0)
-        self._check_reading(self._terms.read())
+        self._heed(self._terms.read())
         self._check_state()
         self.model.config.ntp = {
             "method": "non-transferable-pruning",
@@ -393,10 +407,9 @@ class NTPTrainer(Trainer):
         Raises:
             ValueError: If ``output_dir`` holds checkpoints of another run, or the one to resume is of another run.
         """
-        output_dir = str(self.args.output_dir)
-        if not resume_from_checkpoint and os.path.isdir(output_dir) and (last := get_last_checkpoint(output_dir)):
+        if not resume_from_checkpoint and (last := self._last_checkpoint()):
             raise ValueError(
-                f"{output_dir} holds checkpoints of another run ({os.path.basename(last)}); needed: a folder without "
+                f"{self.args.output_dir} holds checkpoints of another run ({os.path.basename(last)}); needed: a folder without "
                 "any. Choose another output_dir, delete them, or continue that run with resume_from_checkpoint=True."
             )
         for head in self.heads.values():
@@ -434,7 +447,7 @@ class NTPTrainer(Trainer):
         The loss is the mean over the same steps; Trainer's leaves out what came before a resumed checkpoint.
         """
         if "loss" in logs:
-            self._check_reading(self._terms.read())
+            self._heed(self._terms.read())
             logs |= {**self._terms.means(), **{name: float(value) for name, value in self._pruning_log.items()}}
         super().log(logs, start_time)
 
@@ -447,9 +460,8 @@ class NTPTrainer(Trainer):
             FloatingPointError: If a term was not finite.
         """
         asked = self._signals.number is not None
-        reading = self._terms.close_step(self.state.global_step, self._pruning_log, asked)
-        self._check_reading(reading)
-        self._leaving = (asked and self.args.world_size == 1) or (reading is not None and reading.ending)
+        self._heed(self._terms.close_step(self.state.global_step, self._pruning_log, asked))
+        self._leaving |= asked and self.args.world_size == 1
         return self._leaving
 
     def leave(self) -> None:
@@ -460,8 +472,11 @@ class NTPTrainer(Trainer):
             )
             self._signals.deliver()
 
-    def _check_reading(self, reading: Reading | None) -> None:
-        if reading is not None and reading.broken:
+    def _heed(self, reading: Reading | None) -> None:
+        if reading is None:
+            return
+        self._leaving |= reading.ending
+        if reading.broken:
             raise self._broken(f"{', '.join(reading.broken)} stopped being finite at step {reading.step}")
 
     def _check_state(self) -> None:
@@ -476,8 +491,7 @@ class NTPTrainer(Trainer):
             raise self._broken(f"{', '.join(broken)} hold values that are not finite at step {self.state.global_step}")
 
     def _broken(self, found: str) -> FloatingPointError:
-        output_dir = str(self.args.output_dir)
-        last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+        last = self._last_checkpoint()
         kept = f"The last good checkpoint is {last}" if last else "No checkpoint has been written yet"
         return FloatingPointError(
             f"{found}; needed: a stable run. {kept}; the same settings would end the same way again. Start anew in "
@@ -537,6 +551,10 @@ class NTPTrainer(Trainer):
 
     # Checkpoints
 
+    def _last_checkpoint(self) -> str | None:
+        output_dir = str(self.args.output_dir)
+        return get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on: configuration, data and architecture."""
         data = {"source": self.train_dataset.source, **self.train_dataset.targets}
@@ -570,7 +588,7 @@ class NTPTrainer(Trainer):
             FloatingPointError: Instead of writing one that is not finite.
             OSError: If it cannot be written; what was half-written is removed.
         """
-        self._check_reading(self._terms.read())
+        self._heed(self._terms.read())
         self._check_state()
         final = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         staging = final.parent / _STAGING
@@ -604,12 +622,11 @@ class NTPTrainer(Trainer):
         if final.exists():  # aside as a whole: deleted piece by piece, it could be taken for a checkpoint
             final.replace(staged.parent / "replaced")
         staged.replace(final)
-        rotate_checkpoints(
-            output_dir=str(final.parent),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        self._rotate(final.parent)
+
+    def _rotate(self, folder: Path) -> None:
+        """Delete the oldest checkpoints, by number: deleting half of one makes it look new."""
+        rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_settings(Path(resume_from_checkpoint), self.settings())
@@ -620,6 +637,9 @@ class NTPTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            last = self._last_checkpoint()
+            if self.args.should_save and last is not None and os.path.samefile(last, checkpoint):
+                self._rotate(Path(last).parent)  # a process that is dead may not have got to it
             device = self.args.device
             scalars = load_state(Path(checkpoint), self.pruner, self.heads, self._pool)
             self._guard.excess = torch.tensor(scalars["source_excess"], device=device)
