@@ -72,8 +72,10 @@ _STAGING = "_unfinished"
 
 def _spare_draws(args: NTPConfig, domains: int) -> int:
     """Target rows beside every source row that are the attackers': enough for ``attacker_batch_size`` each."""
+    if not args.attacker_weight:
+        return 0
     images = math.ceil(args.attackers / domains) * args.attacker_batch_size
-    return math.ceil(images / args.per_device_train_batch_size)
+    return math.ceil(images / (args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size))
 
 
 def _digest(weights: Iterable[Tensor]) -> str:
@@ -205,7 +207,7 @@ class NTPTrainer(Trainer):
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
         self._original_weights = _digest(p for p in self.model.parameters() if p.requires_grad or not self._headless)
-        self._attacked: dict[str, tuple[Tensor, Tensor]] = {}
+        self._attacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._attacker_losses: dict[str, list[Tensor]] = {}
         self._batch_norm = has_batch_norm(network)
         self._pruning_log: dict[str, Tensor] = {}
@@ -228,8 +230,6 @@ class NTPTrainer(Trainer):
             if self._headless:
                 return self._feature_loss(model, inputs["pixel_values"], return_outputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._pool is not None:
-            self._attacked = {n: (t["pixel_values"], t["labels"]) for n, t in inputs["attacked"].items()}
         logits, features, tokens, targets = self._forward(model, inputs)
         loss, terms = self._source_terms(inputs, logits, features)
         if targets:
@@ -308,14 +308,15 @@ class NTPTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Trainer's step; then, once per optimizer step, the simulated attackers act."""
+        """Trainer's step; then, once per optimizer step, the simulated attackers act on its images."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._pool is not None and self.accelerator.sync_gradients:
-            steps = self._pool.step(
-                self._attacked,
-                self.pruner.masks,
-                self.compute_loss_context_manager,
-            )
+        if self._pool is None:
+            return loss
+        for name, target in self._prepare_inputs(inputs["attacked"]).items():
+            self._attacked.setdefault(name, []).append((target["pixel_values"], target["labels"]))
+        if self.accelerator.sync_gradients:
+            attacked, self._attacked = self._attacked, {}
+            steps = self._pool.step(attacked, self.pruner.masks, self.compute_loss_context_manager)
             for step in steps:
                 self._attacker_losses.setdefault("attacker_loss", []).append(step.loss)
                 if step.last:
@@ -349,8 +350,7 @@ class NTPTrainer(Trainer):
         if self._lengths:
             weights = [weight for weight, _ in self._lengths]
             now = torch._foreach_norm(weights)
-            factors = [wanted / length for (_, wanted), length in zip(self._lengths, now, strict=True)]
-            torch._foreach_mul_(weights, factors)
+            torch._foreach_mul_(weights, torch._foreach_div([wanted for _, wanted in self._lengths], now))
 
     def _finish_pruning(self) -> None:
         self.pruner.finish()
@@ -409,7 +409,7 @@ class NTPTrainer(Trainer):
                 self.model, self._head_name, self._head, self.target_labels, self.args, self.args.seed
             )
         self._pruning_log, self._terms, self._term_count = {"sparsity": torch.zeros(())}, {}, 0
-        self._attacker_losses = {}
+        self._attacker_losses, self._attacked = {}, {}
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
