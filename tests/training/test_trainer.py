@@ -92,7 +92,6 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path):
         lr_scheduler_type="constant",
     )
     ours.train()
-    ours._terms = {}
     batch = next(iter(ours.get_train_dataloader()))
     model = ours.model.eval()
     head = ours.heads["target"]
@@ -401,7 +400,7 @@ def test_target_labels_that_are_no_classes(tmp_path, label, message):
 
 
 def test_losses_that_stop_being_finite_stop_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"source_loss.* stopped being finite by step 3"):
+    with pytest.raises(FloatingPointError, match=r"source_loss.* stopped being finite at step 2.*No checkpoint"):
         trainer(tmp_path, learning_rate=1e30, max_grad_norm=0).train()
 
 
