@@ -66,7 +66,10 @@ class RecipeArguments:
     source_image_column: str | None = field(default=None, metadata={"help": "Its image column."})
     source_label_column: str | None = field(default=None, metadata={"help": "Its label column."})
     source_max_samples: int | None = field(default=None, metadata={"help": "Use at most so many images per split."})
-    target_dataset: str = field(default="optdigits", metadata={"help": "Unauthorized domain, as above."})
+    target_dataset: str = field(
+        default="optdigits",
+        metadata={"help": "Unauthorized domain, as above; what of it the protection sees is --target_access."},
+    )
     target_config: str | None = field(default=None, metadata={"help": "Configuration of that Hub dataset."})
     target_split: str | None = field(default=None, metadata={"help": "Take only this split, and divide it."})
     target_revision: str | None = field(default=None, metadata={"help": "Revision of that Hub dataset."})
@@ -269,7 +272,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         model,
         config,
         authorized["train"],
-        {Path(recipe.target_dataset).name: unauthorized["owner"]},
+        None if config.target_access == "none" else {Path(recipe.target_dataset).name: unauthorized["owner"]},
         eval_dataset=authorized["validation"],
         processing_class=start.processor,
         source_transform=augment,
@@ -289,6 +292,8 @@ def main(argv: list[str]) -> dict[str, Any]:
             base, weights, authorized["test"], attack, recipe.sample_sizes, recipe.attack_seeds, protocol,
             cache_dir=run / "work" / "fits", jobs=recipe.jobs,
         )  # fmt: skip
+    if config.target_access == "none":
+        del target["owner"]  # nobody has seen it
     references = (
         hf_ntp.DomainReference.of(recipe.source_dataset, source, recipe.source_config, recipe.source_revision),
         hf_ntp.DomainReference.of(recipe.target_dataset, target, recipe.target_config, recipe.target_revision),
@@ -301,7 +306,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     }
     with whole_folder(run / "protected") as folder:
         shutil.copytree(weights, folder, dirs_exist_ok=True)
-        results = build_results(*references, measured, watch.seconds)
+        results = build_results(*references, measured, watch.seconds, config.target_access)
         record = build_record(
             results, [references[0]], [references[1]], type(model).__name__, origin, config.summary(),
             measured.sparsity, recipe.license, recipe.terms,

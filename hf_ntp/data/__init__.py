@@ -7,6 +7,7 @@ from .columns import check_labels, check_target, dataset_fingerprint, find_colum
 from .digits import mnist, optdigits
 from .domains import EMBEDDED_DOMAINS, load_domain
 from .images import PixelDataset, preprocess, to_rgb
+from .neighbourhood import Neighbourhood
 from .reference import DomainReference
 from .splits import nested_subsets, split_owner_attacker, stratified_pieces
 from .synthetic import mnistm, syn
@@ -14,6 +15,7 @@ from .synthetic import mnistm, syn
 __all__ = [
     "EMBEDDED_DOMAINS",
     "DomainReference",
+    "Neighbourhood",
     "PixelDataset",
     "RandomShift",
     "check_labels",

@@ -30,7 +30,11 @@ _ENVIRONMENT = ("torch", "transformers", "accelerate", "datasets", "peft", "nump
 
 
 def build_results(
-    source: DomainReference, target: DomainReference, measured: Measurement, seconds: Mapping[str, float]
+    source: DomainReference,
+    target: DomainReference,
+    measured: Measurement,
+    seconds: Mapping[str, float],
+    target_access: str = "labelled",
 ) -> dict[str, Any]:
     """Content of ``results.json``.
 
@@ -39,6 +43,7 @@ def build_results(
         target: Unauthorized domain.
         measured: What :func:`~hf_ntp.measure_protection` found.
         seconds: Wall time of "pretrain", "protect" and "evaluate".
+        target_access: What the protection knew of the target, see :class:`~hf_ntp.NTPConfig`.
     """
     curves, areas = measured.curves, summarize(measured.curves)
     return {
@@ -50,7 +55,7 @@ def build_results(
             "test_images": measured.accuracy.images,
             "measure": measured.accuracy.measure,
         },
-        "target": {"domain": target.name, "dataset": target.dataset},
+        "target": {"domain": target.name, "dataset": target.dataset, "access": target_access},
         "sparsity": measured.sparsity.achieved,
         "sparsity_details": asdict(measured.sparsity),
         "slc": {

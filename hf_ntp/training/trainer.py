@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -65,6 +66,8 @@ from .paired_data import (
     length_of,
 )
 from .pruning import ADMMPruner, check_pattern
+from .pseudo_labels import with_clusters
+from .target_data import target_domains
 from .target_head import TargetHead
 from .terms import Reading, Terms, not_finite
 
@@ -111,6 +114,7 @@ class NTPTrainer(Trainer):
         train_dataset: Authorized (source) data: a `datasets.Dataset` with images and labels, or any map-style dataset
             of "pixel_values" and "labels". Labels are not needed where features are kept (``source_loss``).
         target_dataset: Unauthorized (target) data, one dataset or several by domain name. Its label set is its own.
+            Labels are not looked at with ``target_access="unlabelled"``; None with ``target_access="none"``.
         eval_dataset: Authorized data for evaluation, as Trainer takes it; without a head, the loss is the distance of
             the features from the original's.
         processing_class: Image processor (PIL backend); needed where a dataset holds images.
@@ -134,7 +138,7 @@ class NTPTrainer(Trainer):
         model: PreTrainedModel | str,
         args: NTPConfig,
         train_dataset: ImageData,
-        target_dataset: ImageData | Mapping[str, ImageData],
+        target_dataset: ImageData | Mapping[str, ImageData] | None = None,
         eval_dataset: ImageData | dict[str, ImageData] | None = None,
         processing_class: BaseImageProcessor | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = accuracy,
@@ -153,17 +157,29 @@ class NTPTrainer(Trainer):
                 "train with labels, load the checkpoint with AutoModelForImageClassification and train its head first."
             )
         head_name, head = find_head(network, args.head_name)
-        targets = target_dataset if isinstance(target_dataset, Mapping) else {"target": target_dataset}
-        paired = PairedDataset(
-            as_pixels(train_dataset, processing_class, "train_dataset", labelled=not self._matches_features),
-            {name: as_pixels(data, processing_class, f"target {name!r}") for name, data in targets.items()},
-            source_transform,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-        )
+        source = as_pixels(train_dataset, processing_class, "train_dataset", labelled=not self._matches_features)
         if self._matches_features:
-            check_images(paired.source, "train_dataset")
+            check_images(source, "train_dataset")
         else:
-            check_labels(labels_of(paired.source, "train_dataset"), head.out_features, "train_dataset")
+            check_labels(labels_of(source, "train_dataset"), head.out_features, "train_dataset")
+        seed = args.seed if args.data_seed is None else args.data_seed
+        targets = target_domains(
+            target_dataset,
+            source,
+            args.target_access,
+            as_labelled=partial(
+                with_clusters,
+                model=network,
+                head=head,
+                num_clusters=args.pseudo_classes,
+                seed=args.seed,
+                device=args.device,
+            ),
+            image_processor=processing_class,
+            source_classes=not self._matches_features,
+            seed=seed,
+        )
+        paired = PairedDataset(source, targets, source_transform, seed)
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
         self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
         check_pattern(self.prunable, args.prune_pattern)
