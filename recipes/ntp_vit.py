@@ -94,7 +94,9 @@ class RecipeArguments:
     attack_learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Rates the attacker chooses from."}
     )
-    jobs: int | None = field(default=None, metadata={"help": "Processes that fit curves; default one per core."})
+    jobs: int | None = field(
+        default=None, metadata={"help": "Fits at a time in one launched process; default one per core that it has."}
+    )
     repo_id: str = field(default="path/to/this/folder", metadata={"help": "What the card says to load."})
     license: str = field(default="other", metadata={"help": "Licence id for the card."})
     terms: str | None = field(
@@ -280,8 +282,6 @@ def main(argv: list[str]) -> dict[str, Any]:
             if first:
                 save(weights, model, start.processor)
     wait_for_everyone()
-    if not first:
-        return {}
 
     attack = hf_ntp.AttackData(*(unauthorized[part] for part in ("attacker", "validation", "test")))
     with watch("evaluate"):
@@ -289,6 +289,8 @@ def main(argv: list[str]) -> dict[str, Any]:
             base, weights, authorized["test"], attack, recipe.sample_sizes, recipe.attack_seeds, protocol,
             cache_dir=run / "work" / "fits", jobs=recipe.jobs,
         )  # fmt: skip
+    if not first:
+        return {}
     references = (
         hf_ntp.DomainReference.of(recipe.source_dataset, source, recipe.source_config, recipe.source_revision),
         hf_ntp.DomainReference.of(recipe.target_dataset, target, recipe.target_config, recipe.target_revision),
