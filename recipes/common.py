@@ -84,7 +84,9 @@ class RecipeArguments:
     attack_learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Rates the attacker chooses from."}
     )
-    jobs: int | None = field(default=None, metadata={"help": "Processes that fit curves; default one per core."})
+    jobs: int | None = field(
+        default=None, metadata={"help": "Fits at a time in one launched process; default one per core that it has."}
+    )
     repo_id: str = field(default="path/to/this/folder", metadata={"help": "What the card says to load."})
     license: str = field(default="other", metadata={"help": "Licence id for the card."})
     terms: str | None = field(
@@ -277,8 +279,6 @@ def run(
             if first:
                 save(weights, trainer.model, start.processor)
     wait_for_everyone()
-    if not first:
-        return {}
 
     attack = hf_ntp.AttackData(*(unauthorized[part] for part in ("attacker", "validation", "test")))
     with watch("evaluate"):
@@ -286,6 +286,8 @@ def run(
             base, weights, authorized["test"], attack, recipe.sample_sizes, recipe.attack_seeds, protocol,
             cache_dir=root / "work" / "fits", jobs=recipe.jobs, source_train=authorized["train"],
         )  # fmt: skip
+    if not first:
+        return {}
     if config.target_access == "none":
         del target["owner"]  # nobody has seen it
     references = (

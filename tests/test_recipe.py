@@ -267,8 +267,8 @@ def test_help_is_quick():
     assert min(seconds) < 3
 
 
-def attack(run, out, *options):
-    command = [sys.executable, str(ATTACK), "--checkpoint", str(run / "protected"), "--output_dir", str(out)]
+def attack(run, out, *options, launch=()):
+    command = [sys.executable, *launch, str(ATTACK), "--checkpoint", str(run / "protected"), "--output_dir", str(out)]
     quick = "--target_dataset optdigits --steps 22 --seeds 0 1 --sample_sizes 10 20 --learning_rates 1e-3 --jobs 1"
     return subprocess.run([*command, *quick.split(), *options], capture_output=True, text=True, timeout=300, cwd=ROOT)
 
@@ -277,13 +277,15 @@ def test_attacking_the_result(finished, tmp_path):
     run, _ = finished
     options = ["--unprotected", str(run / "unprotected"), "--source_dataset", "mnist", "--controls"]
     options += ["--attacks", "mask_kept", "dense", "linear_probe", "source_all_new"]
-    done = attack(run, tmp_path / "out", *options)
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = attack(run, tmp_path / "out", *options, launch=two)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["starts"]) == {"protected", "unprotected", "magnitude_pruned", "random_pruned"}
     assert set(results["starts"]["protected"]) == {"mask_kept", "dense", "linear_probe", "source_all_new"}
     assert results["not_run"]["unprotected"] == {"mask_kept": "the checkpoint has no zeros"}
-    assert (tmp_path / "out" / "table.md").read_text() in done.stdout
+    assert done.stdout.count((tmp_path / "out" / "table.md").read_text()) == 1
+    assert len(list((tmp_path / "out" / "fits").iterdir())) == results["fits"]
     assert Image.open(tmp_path / "out" / "attacks.png").size[0] > 500
     again = attack(run, tmp_path / "out", *options)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
