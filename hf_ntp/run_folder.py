@@ -46,6 +46,10 @@ def claim_run_folder(folder: str | Path, settings: Mapping[str, Any]) -> Path:
     """
     folder = Path(folder)
     record = folder / RUN_FILE
+    if folder.exists():
+        clear_unfinished(folder)
+    # Looked at in this order, and without what is being written, several processes of one run may claim it at once.
+    used = folder.exists() and any(not path.name.startswith(f".{RUN_FILE}.") for path in folder.iterdir())
     if record.is_file():
         if differing := differences(json.loads(record.read_text()), settings):
             raise ValueError(
@@ -53,9 +57,7 @@ def claim_run_folder(folder: str | Path, settings: Mapping[str, Any]) -> Path:
                 "settings to continue it. Choose another --output_dir, or delete that folder."
             )
         return folder
-    if folder.exists():
-        clear_unfinished(folder)
-    if folder.exists() and any(folder.iterdir()):
+    if used:
         raise ValueError(
             f"{folder} is not empty and holds no {RUN_FILE}; needed: an empty folder for the run. Choose another "
             "--output_dir."

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -66,6 +67,8 @@ from .paired_data import (
     length_of,
 )
 from .pruning import ADMMPruner, check_pattern
+from .pseudo_labels import with_clusters
+from .target_data import target_domains
 from .target_head import TargetHead
 from .terms import Reading, Terms, not_finite
 
@@ -77,8 +80,10 @@ _STAGING = "_unfinished"
 
 def _spare_draws(args: NTPConfig, domains: int) -> int:
     """Target rows beside every source row that are the attackers': enough for ``attacker_batch_size`` each."""
+    if not args.attacker_weight:
+        return 0
     images = math.ceil(args.attackers / domains) * args.attacker_batch_size
-    return math.ceil(images / args.per_device_train_batch_size)
+    return math.ceil(images / (args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size))
 
 
 def _digest(weights: Iterable[Tensor]) -> str:
@@ -110,6 +115,7 @@ class NTPTrainer(Trainer):
         train_dataset: Authorized (source) data: a `datasets.Dataset` with images and labels, or any map-style dataset
             of "pixel_values" and "labels". Labels are not needed where features are kept (``source_loss``).
         target_dataset: Unauthorized (target) data, one dataset or several by domain name. Its label set is its own.
+            Labels are not looked at with ``target_access="unlabelled"``; None with ``target_access="none"``.
         eval_dataset: Authorized data for evaluation, as Trainer takes it; without a head, the loss is the distance of
             the features from the original's.
         processing_class: Image processor (PIL backend); needed where a dataset holds images.
@@ -133,7 +139,7 @@ class NTPTrainer(Trainer):
         model: PreTrainedModel | str,
         args: NTPConfig,
         train_dataset: ImageData,
-        target_dataset: ImageData | Mapping[str, ImageData],
+        target_dataset: ImageData | Mapping[str, ImageData] | None = None,
         eval_dataset: ImageData | dict[str, ImageData] | None = None,
         processing_class: BaseImageProcessor | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = accuracy,
@@ -152,17 +158,29 @@ class NTPTrainer(Trainer):
                 "train with labels, load the checkpoint with AutoModelForImageClassification and train its head first."
             )
         head_name, head = find_head(network, args.head_name)
-        targets = target_dataset if isinstance(target_dataset, Mapping) else {"target": target_dataset}
-        paired = PairedDataset(
-            as_pixels(train_dataset, processing_class, "train_dataset", labelled=not self._matches_features),
-            {name: as_pixels(data, processing_class, f"target {name!r}") for name, data in targets.items()},
-            source_transform,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-        )
+        source = as_pixels(train_dataset, processing_class, "train_dataset", labelled=not self._matches_features)
         if self._matches_features:
-            check_images(paired.source, "train_dataset")
+            check_images(source, "train_dataset")
         else:
-            check_labels(labels_of(paired.source, "train_dataset"), head.out_features, "train_dataset")
+            check_labels(labels_of(source, "train_dataset"), head.out_features, "train_dataset")
+        seed = args.seed if args.data_seed is None else args.data_seed
+        targets = target_domains(
+            target_dataset,
+            source,
+            args.target_access,
+            as_labelled=partial(
+                with_clusters,
+                model=network,
+                head=head,
+                num_clusters=args.pseudo_classes,
+                seed=args.seed,
+                device=args.device,
+            ),
+            image_processor=processing_class,
+            source_classes=not self._matches_features,
+            seed=seed,
+        )
+        paired = PairedDataset(source, targets, source_transform, seed)
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
         self._check_fit(network, args, len(paired))
         self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
@@ -211,7 +229,7 @@ class NTPTrainer(Trainer):
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
         self._original_weights = _digest(p for p in self.model.parameters() if p.requires_grad or not self._headless)
-        self._attacked: dict[str, tuple[Tensor, Tensor]] = {}
+        self._attacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._batch_norm = has_batch_norm(network)
         self._pruning_log: dict[str, Tensor] = {}
         self._terms = self._new_terms()
@@ -245,8 +263,6 @@ class NTPTrainer(Trainer):
             if self._headless:
                 return self._feature_loss(model, inputs["pixel_values"], return_outputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._pool is not None:
-            self._attacked = {n: (t["pixel_values"], t["labels"]) for n, t in inputs["attacked"].items()}
         logits, features, tokens, targets = self._forward(model, inputs)
         loss, terms = self._source_terms(inputs, logits, features)
         if targets:
@@ -325,14 +341,15 @@ class NTPTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Trainer's step; then, once per optimizer step, the simulated attackers act."""
+        """Trainer's step; then, once per optimizer step, the simulated attackers act on its images."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._pool is not None and self.accelerator.sync_gradients:
-            steps = self._pool.step(
-                self._attacked,
-                self.pruner.masks,
-                self.compute_loss_context_manager,
-            )
+        if self._pool is None:
+            return loss
+        for name, target in self._prepare_inputs(inputs["attacked"]).items():
+            self._attacked.setdefault(name, []).append((target["pixel_values"], target["labels"]))
+        if self.accelerator.sync_gradients:
+            attacked, self._attacked = self._attacked, {}
+            steps = self._pool.step(attacked, self.pruner.masks, self.compute_loss_context_manager)
             for step in steps:
                 self._terms.add({"attacker_loss": step.loss})
                 if step.last:
@@ -366,8 +383,7 @@ class NTPTrainer(Trainer):
         if self._lengths:
             weights = [weight for weight, _ in self._lengths]
             now = torch._foreach_norm(weights)
-            factors = [wanted / length for (_, wanted), length in zip(self._lengths, now, strict=True)]
-            torch._foreach_mul_(weights, factors)
+            torch._foreach_mul_(weights, torch._foreach_div([wanted for _, wanted in self._lengths], now))
 
     def _finish_pruning(self) -> None:
         self.pruner.finish()
@@ -409,8 +425,8 @@ class NTPTrainer(Trainer):
         """
         if not resume_from_checkpoint and (last := self._last_checkpoint()):
             raise ValueError(
-                f"{self.args.output_dir} holds checkpoints of another run ({os.path.basename(last)}); needed: a folder without "
-                "any. Choose another output_dir, delete them, or continue that run with resume_from_checkpoint=True."
+                f"{self.args.output_dir} holds checkpoints of another run ({os.path.basename(last)}); needed: a folder "
+                "without any. Choose another output_dir, delete them, or continue that run with resume_from_checkpoint=True."
             )
         for head in self.heads.values():
             head.to(self.args.device)
@@ -422,7 +438,7 @@ class NTPTrainer(Trainer):
                 self.model, self._head_name, self._head, self.target_labels, self.args, self.args.seed
             )
         self._pruning_log, self._terms = {"sparsity": torch.zeros(())}, self._new_terms()
-        self._leaving = self._ended = False
+        self._attacked, self._leaving, self._ended = {}, False, False
         with KeptSignals() as self._signals:
             return super().train(resume_from_checkpoint, *args, **kwargs)
 

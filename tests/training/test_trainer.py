@@ -14,6 +14,7 @@ from hf_ntp.training.guard import SourceGuard
 
 from ..conftest import Rows, tiny_resnet, tiny_vit
 
+NOTHING = object()  # stands for no target data at all
 # What is not in it is the source loss and ADMM alone.
 NO_TARGET = {"target_weight": 0.0, "fisher_weight": 0.0, "collapse_weight": 0.0, "attackers": 0}
 
@@ -35,7 +36,7 @@ def trainer(folder, model=None, target=None, callbacks=None, source=None, evalua
         tiny_vit() if model is None else model,
         NTPConfig(**{**defaults, **options}),
         Rows() if source is None else source,
-        Rows(size=20, classes=4, seed=1) if target is None else target,
+        Rows(size=20, classes=4, seed=1) if target is None else None if target is NOTHING else target,
         evaluation,
         callbacks=callbacks,
     )
