@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from hf_ntp import DomainReference, PixelDataset
     from hf_ntp.evaluation.measure import Measurement, SourceAccuracy, Transfer
+    from hf_ntp.evaluation.utility import SourceUtility
 
 Part = TypeVar("Part")
 
@@ -28,7 +29,7 @@ class Found(NamedTuple):
     """What was measured: the first authorized and unauthorized domain together, the others one by one."""
 
     first: Measurement
-    other_sources: list[SourceAccuracy]
+    other_sources: list[tuple[SourceAccuracy, SourceUtility | None]]
     other_targets: list[Transfer]
     third: Transfer | None
 
@@ -87,11 +88,16 @@ def load_all(recipe: Any) -> Domains:
     return domains
 
 
-def as_pixels(domains: Domains, processor: BaseImageProcessor) -> Domains:
+def as_pixels(domains: Domains, processor: BaseImageProcessor, same_classes: bool) -> Domains:
     """All parts of all domains as the model takes them.
 
+    Args:
+        domains: See :func:`load_all`.
+        processor: Image processor.
+        same_classes: Whether authorized domains share a head.
+
     Raises:
-        ValueError: If authorized domains have different classes.
+        ValueError: If they do and have different classes.
     """
     from hf_ntp import PixelDataset
     from hf_ntp.training.domains import check_same_classes
@@ -105,7 +111,8 @@ def as_pixels(domains: Domains, processor: BaseImageProcessor) -> Domains:
             for group in domains
         )
     )
-    check_same_classes(part_of(pixels.source, "train"))
+    if same_classes:
+        check_same_classes(part_of(pixels.source, "train"))
     return pixels
 
 
@@ -148,7 +155,7 @@ def measure(base: Any, weights: Any, pixels: Domains, recipe: Any, protocol: Any
     third = [measure_transfer(base, weights, data, **curves) for data in attackers(pixels.third)]
     return Found(
         measure_protection(base, weights, sources[0]["test"], targets[0], source_train=sources[0]["train"], **curves),
-        [measure_source(base, weights, parts["test"], parts["train"])[0] for parts in sources[1:]],
+        [measure_source(base, weights, parts["test"], parts["train"]) for parts in sources[1:]],
         [measure_transfer(base, weights, data, **curves) for data in targets[1:]],
         third[0] if third else None,
     )

@@ -34,7 +34,7 @@ from hf_ntp.evaluation.cache import FIT_VERSION
 from hf_ntp.evaluation.controls import prune_without_protection
 from hf_ntp.evaluation.runner import accuracy_of
 from hf_ntp.evaluation.suite import run_attacks
-from hf_ntp.models import noted_prunable_weights, zero_fraction
+from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
 from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
 from hf_ntp.run_folder import whole_file, whole_folder
 from hf_ntp.training.arguments import PRESETS, ProtectionArguments
@@ -124,7 +124,7 @@ def protect(cell: Cell, base: Path, folder: Path, preset: str, options: dict[str
     """Protect the model, or train it on with the same budget and no target terms; return the training log."""
     shape = ARCHITECTURES[cell.architecture]
     source, target = load(cell.source, shape.image_size), load(cell.target, shape.image_size)
-    model = AutoModelForImageClassification.from_pretrained(base)
+    model = load_model(str(base))
     schedule = {
         "max_steps": shape.protection_steps,
         "lr_scheduler_type": "cosine",
@@ -138,7 +138,7 @@ def protect(cell: Cell, base: Path, folder: Path, preset: str, options: dict[str
     seen = None if settings.target_access == "none" else target.owner
     trainer = hf_ntp.NTPTrainer(model, settings, source.train, seen, source_transform=RandomShift(1))
     trainer.train()
-    save(model, folder)
+    save(trainer.model, folder)
     return trainer.state.log_history
 
 

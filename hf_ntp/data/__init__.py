@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .augmentation import RandomShift
+from .augmentation import RandomShift, RandomView
 from .columns import check_labels, check_target, dataset_fingerprint, find_columns
 from .digits import mnist, optdigits
 from .domains import EMBEDDED_DOMAINS, load_domain
@@ -19,6 +19,7 @@ __all__ = [
     "Neighbourhood",
     "PixelDataset",
     "RandomShift",
+    "RandomView",
     "check_labels",
     "check_target",
     "dataset_fingerprint",

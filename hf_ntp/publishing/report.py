@@ -13,6 +13,7 @@ from typing import Any
 from ..data import DomainReference
 from ..evaluation.measure import Measurement, SourceAccuracy, SparsityReport, Transfer
 from ..evaluation.summary import retained, summarize
+from ..evaluation.utility import SourceUtility
 from ..models.sparse_storage import compress_folder
 from ..run_folder import weight_digests, whole_file
 from .attack_report import plot_attacks
@@ -42,7 +43,7 @@ def build_results(
     measured: Measurement,
     seconds: Mapping[str, float],
     target_access: str = "labelled",
-    other_sources: Sequence[tuple[DomainReference, SourceAccuracy]] = (),
+    other_sources: Sequence[tuple[DomainReference, SourceAccuracy, SourceUtility | None]] = (),
     other_targets: Sequence[tuple[DomainReference, Transfer]] = (),
     third: tuple[DomainReference, Transfer] | None = None,
 ) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def build_results(
     """
     transfer = Transfer(measured.curves, measured.convergence, measured.protocol)
     results = {
-        "source": _source_results(source, measured.accuracy),
+        "source": _source_results(source, measured.accuracy, measured.utility),
         **_target_results(target, transfer, target_access),
         "sparsity": measured.sparsity.achieved,
         "sparsity_details": asdict(measured.sparsity),
@@ -75,7 +76,9 @@ def build_results(
     return results
 
 
-def _source_results(domain: DomainReference, accuracy: SourceAccuracy) -> dict[str, Any]:
+def _source_results(
+    domain: DomainReference, accuracy: SourceAccuracy, utility: SourceUtility | None
+) -> dict[str, Any]:
     return {
         "domain": domain.name,
         "dataset": domain.dataset,
@@ -83,6 +86,7 @@ def _source_results(domain: DomainReference, accuracy: SourceAccuracy) -> dict[s
         "accuracy_after": accuracy.after,
         "test_images": accuracy.images,
         "measure": accuracy.measure,
+        **({} if utility is None else {"knn_before": utility.before.knn, "knn_after": utility.after.knn}),
     }
 
 
@@ -277,12 +281,17 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     return json.loads((Path(folder) / RESULTS_FILE).read_text())
 
 
+_ACCURACY = (("accuracy", "accuracy"),)
+_PROBES = (("linear probe", "accuracy"), ("nearest neighbours", "knn"))
+
+
 def results_table(results: Mapping[str, Any]) -> str:
     """Return the figures of a run as a table that a person can read."""
     lines = [
-        f"authorized    {source['domain']}: accuracy {source['accuracy_before']:.3f} before, "
-        f"{source['accuracy_after']:.3f} after ({source['test_images']} test images)"
+        f"authorized    {source['domain']}: {name} {source[f'{key}_before']:.3f} before, "
+        f"{source[f'{key}_after']:.3f} after ({source['test_images']} test images)"
         for source in (results["source"], *results.get("other_sources", []))
+        for name, key in (_PROBES if "knn_before" in source else _ACCURACY)
     ]
     lines.append(
         f"sparsity      {results['sparsity']:.4f} of {results['sparsity_details']['prunable_weights']:,} weights"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 def parse_n_m(pattern: str) -> tuple[int, int] | None:
@@ -80,6 +80,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 simulated attackers. "paper" has NTP's published terms alone, with weights that leave the source alive; "published"
 has the published weights too, which destroyed it on our small models.
 """
+
+
+_WORDS = {str: "text", int: "an integer", float: "a number", bool: "True or False"}
+
+
+def _fits(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind; an integer is a number too, and NaN is none."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, kind) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind) and value == value
 
 
 @dataclass
@@ -265,6 +275,7 @@ class ProtectionArguments:
         Raises:
             ValueError: With the value found, what is needed and how to fix it.
         """
+        self._check_types()
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity is {self.sparsity}; needed: a fraction of zeros in [0, 1), such as 0.7.")
         for name in ("rho", "l1_weight", "target_head_learning_rate"):
@@ -307,6 +318,19 @@ class ProtectionArguments:
         self.target_weights = _weights(self.target_weights, "target_weights")
         self._check_attackers()
         self._check_pattern()
+
+    def _check_types(self) -> None:
+        """In Python, anything can be passed."""
+        for name, hint in get_type_hints(ProtectionArguments).items():
+            value, kinds = getattr(self, name), get_args(hint)
+            if get_origin(hint) is list:
+                fits = isinstance(value, (list, tuple)) and all(_fits(item, kinds[0]) for item in value)
+                needed = f"a list, each of it {_WORDS[kinds[0]]}"
+            else:
+                fits = _fits(value, kinds[0] if kinds else hint) or (value is None and type(None) in kinds)
+                needed = _WORDS[kinds[0] if kinds else hint]
+            if not fits:
+                raise ValueError(f"{name} is {value!r}; needed: {needed}.")
 
     def _check_attackers(self) -> None:
         if self.attackers < 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..functional import (
     GlobalSelector,
+    LayerSelector,
     add_penalty_gradient_,
     apportion_zeros,
-    cardinality_mask,
     cubic_sparsity,
     dual_residual,
     hard_anchor,
@@ -40,13 +40,17 @@ class ZStep(NamedTuple):
     """Fraction of zeros in Z."""
 
 
+MaskRule = Callable[[int, Tensor], Tensor]
+
+
 def mask_rule(
-    tensors: Callable[[], Iterable[Tensor]], pattern: str, sparsity: float
-) -> Callable[[int, Tensor], Tensor]:
+    tensors: Callable[[], Iterable[Tensor]], sizes: Sequence[int], pattern: str, sparsity: float
+) -> MaskRule:
     """Return ``rule(i, tensor)``, the mask of the i-th tensor; call it for one tensor after another, in order.
 
     Args:
         tensors: Gives the tensors one after another, as often as it is called.
+        sizes: Their numbers of entries.
         pattern: "layer" or "l1" (every layer at the same sparsity), "global" (one budget for all), or "N:M".
         sparsity: Fraction of zeros. Below the final one an N:M pattern keeps more than N of every M.
     """
@@ -57,8 +61,7 @@ def mask_rule(
         n, m = n_m
         kept = max(n, round(m * (1 - sparsity)))
         return lambda i, tensor: n_m_mask(tensor, kept, m)
-    zeros = apportion_zeros([tensor.numel() for tensor in tensors()], sparsity)
-    return lambda i, tensor: cardinality_mask(tensor, zeros[i])
+    return LayerSelector(apportion_zeros(sizes, sparsity))
 
 
 def check_pattern(weights: Mapping[str, Tensor], pattern: str) -> None:
@@ -104,6 +107,7 @@ class ADMMPruner:
         self.finished = False
         # A first Z-step with U = 0: X = W; at sparsity 0 a hard projection leaves Z = W, and the anchor is W too.
         self.stored = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self._present: LayerSelector | None = None
 
     @property
     def _soft(self) -> bool:
@@ -126,16 +130,22 @@ class ADMMPruner:
             anchors = [soft_anchor(x, self.threshold) for x in anchors]
         add_penalty_gradient_(gradients, weights, anchors, self.rho)
 
-    def _rule(self, sparsity: float, shifted: bool) -> Callable[[int, Tensor], Tensor]:
-        """Mask rule over the stored tensors, or over W + U."""
-        tensors: Callable[[], Iterable[Tensor]] = self._shifted if shifted else self.stored.values
-        return mask_rule(tensors, self.pattern, sparsity)
+    def _sizes(self) -> list[int]:
+        return [weight.numel() for weight in self.weights.values()]
+
+    def _old_rule(self) -> MaskRule:
+        """Give the mask of Z by the stored tensors: the rule that made it, where it can be used again."""
+        return self._present or mask_rule(self.stored.values, self._sizes(), self.pattern, self.sparsity)
+
+    def _new_rule(self, sparsity: float) -> MaskRule:
+        """Give the mask of the next Z by W + U."""
+        return mask_rule(self._shifted, self._sizes(), self.pattern, sparsity)
 
     def _shifted(self) -> Iterator[Tensor]:
         """Give W + U of one layer after another."""
-        old = self._rule(self.sparsity, shifted=False)
+        old = self._old_rule()
         for i, (weight, stored) in enumerate(zip(self.weights.values(), self.stored.values(), strict=True)):
-            dual = soft_dual(stored, self.threshold) if self._soft else hard_dual(stored, old(i, stored))
+            dual = soft_dual(stored, self.threshold) if self._soft else hard_dual(stored, stored * old(i, stored))
             yield weight + dual
 
     @torch.no_grad()
@@ -149,7 +159,7 @@ class ADMMPruner:
         """
         self._require_unfinished("update")
         sparsity = cubic_sparsity(progress, self.final_sparsity)
-        old, new = self._rule(self.sparsity, shifted=False), self._rule(sparsity, shifted=True)
+        old, new = self._old_rule(), self._new_rule(sparsity)
         sums = torch.zeros(4, device=next(iter(self.weights.values())).device)
         for i, (weight, stored) in enumerate(zip(self.weights.values(), self.stored.values(), strict=True)):
             if self._soft:
@@ -157,18 +167,18 @@ class ADMMPruner:
                 stored.copy_(weight + soft_dual(stored, self.threshold))
                 sparse, anchor = soft_threshold(stored, self.threshold), soft_anchor(stored, self.threshold)
             else:
-                old_mask = old(i, stored)
-                previous = stored * old_mask
-                shifted = weight + hard_dual(stored, old_mask)
-                mask = new(i, shifted)
-                sparse, anchor = shifted * mask, stored.copy_(hard_anchor(shifted, mask))
+                previous = stored * old(i, stored)
+                shifted = hard_dual(stored, previous).add_(weight)
+                sparse = shifted * new(i, shifted)
+                anchor = stored.copy_(hard_anchor(shifted, sparse))
             sums[0] += primal_residual(weight, sparse)
             sums[1] += dual_residual(sparse, previous, self.rho)
             sums[2] += penalty(weight, anchor, self.rho)
-            sums[3] += (sparse == 0).sum()
+            sums[3] += sparse.numel() - sparse.count_nonzero()
         self.sparsity = sparsity
-        total = sum(weight.numel() for weight in self.weights.values())
-        return ZStep(sums[0].sqrt(), sums[1].sqrt(), sums[2], sums[3] / total)
+        # Stored and shifted tensors have equal magnitudes.
+        self._present = new if isinstance(new, LayerSelector) and not self._soft else None
+        return ZStep(sums[0].sqrt(), sums[1].sqrt(), sums[2], sums[3] / sum(self._sizes()))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -178,7 +188,7 @@ class ADMMPruner:
             RuntimeError: If the mask is already fixed.
         """
         self._require_unfinished("finish")
-        new, shifted = self._rule(self.final_sparsity, shifted=True), self._shifted()
+        new, shifted = self._new_rule(self.final_sparsity), self._shifted()
         for i, (weight, stored) in enumerate(zip(self.weights.values(), self.stored.values(), strict=True)):
             x = next(shifted)
             mask = new(i, x)
@@ -190,7 +200,7 @@ class ADMMPruner:
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
         """Present boolean mask of every weight: that of Z, and once pruning has finished the fixed one."""
-        rule = self._rule(self.sparsity, shifted=False)
+        rule = self._old_rule()
         found = {}
         for i, (name, stored) in enumerate(self.stored.items()):
             if self.finished:
@@ -234,4 +244,5 @@ class ADMMPruner:
             )
         for name, stored in self.stored.items():
             stored.copy_(tensors[name])
+        self._present = None
         self.sparsity, self.finished = float(scalars["sparsity"]), bool(scalars["finished"])

@@ -60,7 +60,7 @@ def make_several():
     transfer = Transfer(make_curves(), ScratchConvergence(100, 800, 0.6, 0.61), FineTuneProtocol())
     results = make_results(
         target_access="unlabelled",
-        other_sources=[(drawings, SourceAccuracy(0.5, 0.4, 1250))],
+        other_sources=[(drawings, SourceAccuracy(0.5, 0.4, 1250), None)],
         other_targets=[(paintings, transfer)],
         third=(maps, transfer),
     )
