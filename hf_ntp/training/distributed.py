@@ -9,10 +9,41 @@ All ranks must hold equally many rows; Accelerate's data loader sees to it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
-from torch import Tensor
+from accelerate.utils import DistributedType, gather
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+
+
+def check_processes(args: TrainingArguments, kind: DistributedType, model: nn.Module) -> None:
+    """Raise ``ValueError`` for ways to share the work out that a protection run cannot take part in.
+
+    Args:
+        args: Configuration.
+        kind: Accelerate's ``distributed_type``.
+        model: As Trainer got it.
+    """
+    if not (kind == DistributedType.NO or kind.value.startswith("MULTI_")):
+        raise ValueError(
+            f"the processes work together as {kind.value}; needed: a whole copy of the model in every process (DDP), "
+            "as simulated attackers and the original model are whole copies too. Start with `accelerate launch "
+            "--multi_gpu`. ADMMPruner alone also prunes sharded weights, in a training loop of your own."
+        )
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "the model's weights are shards (DTensor); needed: whole weights. Load it without tp_plan and device mesh."
+        )
+    loader: Any = args.accelerator_config
+    if args.world_size > 1 and (loader.split_batches or loader.dispatch_batches or not loader.even_batches):
+        raise ValueError(
+            f"accelerator_config has split_batches={loader.split_batches}, dispatch_batches={loader.dispatch_batches} "
+            f"and even_batches={loader.even_batches}; needed: False, None and True, so that every process reads its "
+            "own part, as large as everybody's. Leave them at their defaults."
+        )
 
 
 class _Gather(torch.autograd.Function):

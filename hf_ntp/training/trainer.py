@@ -47,6 +47,7 @@ from .attackers import AttackerPool
 from .callback import PruningCallback
 from .checkpoint import check_settings, load_state, load_weights_strictly, save_state
 from .config import NTPConfig
+from .distributed import check_processes
 from .guard import FeatureGuard, SourceGuard
 from .objective import TargetBatch, target_terms
 from .paired_data import (
@@ -190,6 +191,7 @@ class NTPTrainer(Trainer):
                 f"{args.n_gpu} GPUs would be driven from one process (DataParallel), which splits batches out of "
                 "sight; needed: one process per GPU. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
             )
+        check_processes(args, self.accelerator.distributed_type, network)
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != args.world_size:
             raise ValueError(
@@ -210,6 +212,11 @@ class NTPTrainer(Trainer):
         self._attacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._attacker_losses: dict[str, list[Tensor]] = {}
         self._batch_norm = has_batch_norm(network)
+        if self._batch_norm and args.gradient_checkpointing:
+            raise ValueError(
+                f"gradient_checkpointing is on and {type(network).__name__} has BatchNorm, whose statistics would see "
+                "the images a second time, those of the target among them; needed: False."
+            )
         self._pruning_log: dict[str, Tensor] = {}
         self._terms: dict[str, Tensor] = {}
         self._term_count = 0
@@ -312,7 +319,8 @@ class NTPTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._pool is None:
             return loss
-        for name, target in self._prepare_inputs(inputs["attacked"]).items():
+        images: dict[str, Any] = self._prepare_inputs(inputs["attacked"])
+        for name, target in images.items():
             self._attacked.setdefault(name, []).append((target["pixel_values"], target["labels"]))
         if self.accelerator.sync_gradients:
             attacked, self._attacked = self._attacked, {}
