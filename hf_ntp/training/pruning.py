@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from ..functional import (
     GlobalSelector,
@@ -40,10 +41,25 @@ class ZStep(NamedTuple):
     """Fraction of zeros in Z."""
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Cut a whole tensor, the same on all ranks, as ``like`` is cut: no message is needed."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    whole = DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return whole.redistribute(placements=like.placements)
+
+
 def mask_rule(
     tensors: Callable[[], Iterable[Tensor]], pattern: str, sparsity: float
 ) -> Callable[[int, Tensor], Tensor]:
     """Return ``rule(i, tensor)``, the mask of the i-th tensor; call it for one tensor after another, in order.
+
+    A sharded tensor (DTensor) is gathered for as long as it is looked at, so that thresholds and ties are those of the
+    whole; its mask is sharded alike.
 
     Args:
         tensors: Gives the tensors one after another, as often as it is called.
@@ -51,14 +67,14 @@ def mask_rule(
         sparsity: Fraction of zeros. Below the final one an N:M pattern keeps more than N of every M.
     """
     if pattern == "global":
-        select = GlobalSelector(tensors, sparsity)
-        return lambda i, tensor: select(tensor)
+        select = GlobalSelector(lambda: map(_whole, tensors()), sparsity)
+        return lambda i, tensor: _shard_like(select(_whole(tensor)), tensor)
     if n_m := parse_n_m(pattern):
         n, m = n_m
         kept = max(n, round(m * (1 - sparsity)))
-        return lambda i, tensor: n_m_mask(tensor, kept, m)
+        return lambda i, tensor: _shard_like(n_m_mask(_whole(tensor), kept, m), tensor)
     zeros = apportion_zeros([tensor.numel() for tensor in tensors()], sparsity)
-    return lambda i, tensor: cardinality_mask(tensor, zeros[i])
+    return lambda i, tensor: _shard_like(cardinality_mask(_whole(tensor), zeros[i]), tensor)
 
 
 def check_pattern(weights: Mapping[str, Tensor], pattern: str) -> None:
@@ -77,7 +93,8 @@ class ADMMPruner:
     """Prunes ``weights`` gradually by ADMM, then fixes the mask.
 
     One tensor per weight is kept (see :mod:`hf_ntp.functional.admm`): the anchor Z - U for hard patterns, W + U for
-    "l1", and after :meth:`finish` the mask itself, in the same storage.
+    "l1", and after :meth:`finish` the mask itself, in the same storage. Where weights are sharded (FSDP2), so is that
+    tensor; all ranks have to call every method.
 
     Args:
         weights: Prunable parameters by name, on their final device.
@@ -150,7 +167,7 @@ class ADMMPruner:
         self._require_unfinished("update")
         sparsity = cubic_sparsity(progress, self.final_sparsity)
         old, new = self._rule(self.sparsity, shifted=False), self._rule(sparsity, shifted=True)
-        sums = torch.zeros(4, device=next(iter(self.weights.values())).device)
+        sums: list[Tensor] = []
         for i, (weight, stored) in enumerate(zip(self.weights.values(), self.stored.values(), strict=True)):
             if self._soft:
                 previous = soft_threshold(stored, self.threshold)
@@ -162,13 +179,16 @@ class ADMMPruner:
                 shifted = weight + hard_dual(stored, old_mask)
                 mask = new(i, shifted)
                 sparse, anchor = shifted * mask, stored.copy_(hard_anchor(shifted, mask))
-            sums[0] += primal_residual(weight, sparse)
-            sums[1] += dual_residual(sparse, previous, self.rho)
-            sums[2] += penalty(weight, anchor, self.rho)
-            sums[3] += (sparse == 0).sum()
+            sums += [
+                primal_residual(weight, sparse),
+                dual_residual(sparse, previous, self.rho),
+                penalty(weight, anchor, self.rho),
+                (sparse == 0).sum().float(),
+            ]
         self.sparsity = sparsity
         total = sum(weight.numel() for weight in self.weights.values())
-        return ZStep(sums[0].sqrt(), sums[1].sqrt(), sums[2], sums[3] / total)
+        primal, dual, augmented, zeros = _whole(torch.stack(sums)).view(-1, 4).sum(0)
+        return ZStep(primal.sqrt(), dual.sqrt(), augmented, zeros / total)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -221,7 +241,7 @@ class ADMMPruner:
         return {"sparsity": self.sparsity, "finished": self.finished}
 
     def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, float | bool]) -> None:
-        """Restore what :meth:`tensors` and :meth:`scalars` gave.
+        """Restore what :meth:`tensors` and :meth:`scalars` gave; whole tensors are cut as the weights are.
 
         Raises:
             ValueError: If the tensors belong to other weights.
@@ -233,5 +253,5 @@ class ADMMPruner:
                 "model, prune_include and prune_exclude of the run that wrote it."
             )
         for name, stored in self.stored.items():
-            stored.copy_(tensors[name])
+            stored.copy_(_shard_like(tensors[name], stored))
         self.sparsity, self.finished = float(scalars["sparsity"]), bool(scalars["finished"])
