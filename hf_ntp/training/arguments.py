@@ -90,6 +90,17 @@ class ProtectionArguments:
     prune_exclude: list[str] = field(
         default_factory=list, metadata={"help": "Regular expressions of parameters to keep dense."}
     )
+    target_access: str = field(
+        default="labelled",
+        metadata={
+            "help": "What is known of the unauthorized domains: 'labelled' images, 'unlabelled' images (classes are "
+            "clusters of the original model's features), or 'none' (a neighbourhood of the source is made from its "
+            "own images; target_dataset is None)."
+        },
+    )
+    pseudo_classes: int = field(
+        default=20, metadata={"help": "Clusters that stand for classes where images have no labels, >= 2."}
+    )
     head_name: str | None = field(
         default=None, metadata={"help": "Dotted name of the classification head, where it cannot be found by rule."}
     )
@@ -239,11 +250,14 @@ class ProtectionArguments:
         for name, words in (
             ("target_loss", ("uniform", "ascent")),
             ("source_loss", ("auto", "labels", "features")),
+            ("target_access", ("labelled", "unlabelled", "none")),
             ("fisher", ("trace_ratio", "whitened")),
             ("fisher_level", ("pooled", "stages")),
         ):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; needed: one of {', '.join(map(repr, words))}.")
+        if self.pseudo_classes < 2:
+            raise ValueError(f"pseudo_classes is {self.pseudo_classes}; needed: an integer >= 2, such as 20.")
         if self.target_bound is not None and self.target_bound <= 0:
             raise ValueError(f"target_bound is {self.target_bound}; needed: a positive number of nats, or null.")
         shares = ("attacker_informed", "attacker_keeps_mask", "attacker_sgd")

@@ -190,7 +190,7 @@ class _Attack(nn.Module):
         with frozen_batch_norm_statistics(self.model), recorded_features(head) as features, autocast:
             self.model(pixel_values=images)
         logits = F.linear(features[-1].float(), *leaves[-2:])
-        loss = F.cross_entropy(logits, labels, reduction="sum") / total
+        loss = F.cross_entropy(logits, labels) * (len(labels) / total)
         return loss.detach(), list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
 
 
@@ -318,8 +318,14 @@ class AttackerPool:
         if not total:  # the last batch of an epoch may be too small for all
             return None
         attacker = self._living(slot, masks)
+<<<<<<< HEAD
         parts = [(images[rows], labels[rows]) for (images, labels), (rows, _) in zip(batches, own, strict=True)]
         images, labels = map(torch.cat, zip(*parts, strict=True))
+=======
+        images, labels = (
+            torch.cat([t[rows] for t, (rows, _) in zip(ts, own, strict=True)]) for ts in zip(*batches, strict=True)
+        )
+>>>>>>> origin/main
         return slot, attacker, _summed(*self._gradients(attacker, images, labels, total, autocast))
 
     def _rows(self, slot: int, rows: int) -> tuple[slice, int]:
