@@ -4,7 +4,8 @@ DistributedDataParallel averages the gradients of the ranks' losses. That is exa
 for any term that is not one (class means, scatter, spread): such a term is computed from the rows of all ranks, on
 every rank alike. Its gradient then reaches the rows of a rank once per rank, which the average divides out again.
 
-All ranks must hold equally many rows; Accelerate's data loader sees to it.
+All ranks must hold equally many rows; Accelerate's data loader sees to it. BatchNorm stays what it is elsewhere: it
+normalises with the images of one process.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, gather
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainingArguments
+
+from .config import NTPConfig
 
 
-def check_processes(args: TrainingArguments, kind: DistributedType, model: nn.Module) -> None:
+def check_processes(args: NTPConfig, kind: DistributedType, model: nn.Module) -> None:
     """Raise ``ValueError`` for ways to share the work out that a protection run cannot take part in.
 
     Args:
@@ -36,6 +38,11 @@ def check_processes(args: TrainingArguments, kind: DistributedType, model: nn.Mo
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(
             "the model's weights are shards (DTensor); needed: whole weights. Load it without tp_plan and device mesh."
+        )
+    if args.world_size > 1 and args.attackers and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        raise ValueError(
+            f"the model has SyncBatchNorm with {args.attackers} simulated attackers, who are on different processes "
+            "at a time and would get each other's statistics; needed: BatchNorm, or attackers=0."
         )
     loader: Any = args.accelerator_config
     if args.world_size > 1 and (loader.split_batches or loader.dispatch_batches or not loader.even_batches):

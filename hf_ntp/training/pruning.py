@@ -56,7 +56,7 @@ def mask_rule(
         sparsity: Fraction of zeros. Below the final one an N:M pattern keeps more than N of every M.
     """
     if pattern == "global":
-        select = GlobalSelector(tensors, sparsity)
+        select = GlobalSelector(lambda: map(_whole, tensors()), sparsity)
         return lambda i, tensor: select(tensor)
     if n_m := parse_n_m(pattern):
         n, m = n_m
@@ -110,7 +110,7 @@ class ADMMPruner:
     """Prunes ``weights`` gradually by ADMM, then fixes the mask.
 
     One tensor per weight is kept (see :mod:`hf_ntp.functional.admm`): the anchor Z - U for hard patterns, W + U for
-    "l1", and after :meth:`finish` the mask itself, in the same storage. Where the weights are shards (DTensor of FSDP2),
+    "l1", and after :meth:`finish` the mask itself, in the same storage. Where the weights are shards (DTensor, FSDP2),
     so is that tensor, and every rank has to make every call.
 
     Args:
@@ -166,18 +166,20 @@ class ADMMPruner:
 
     def _old_rule(self) -> MaskRule:
         """Give the mask of Z by the stored tensors: the rule that made it, where it can be used again."""
-        return self._present or mask_rule(lambda: map(_whole, self.stored.values()), self._sizes(), self.pattern, self.sparsity)
+        return self._present or mask_rule(self.stored.values, self._sizes(), self.pattern, self.sparsity)
 
     def _new_rule(self, sparsity: float) -> MaskRule:
         """Give the mask of the next Z by W + U."""
-        return mask_rule(lambda: map(_whole, self._shifted()), self._sizes(), self.pattern, sparsity)
+        return mask_rule(self._shifted, self._sizes(), self.pattern, sparsity)
 
     def _shifted(self) -> Iterator[Tensor]:
         """Give W + U of one layer after another."""
         old = self._old_rule()
         for i, (weight, stored) in enumerate(zip(self.weights.values(), self.stored.values(), strict=True)):
-            dual = soft_dual(stored, self.threshold) if self._soft else hard_dual(stored, stored * _mask(old, i, stored))
-            yield weight + dual
+            if self._soft:
+                yield weight + soft_dual(stored, self.threshold)
+            else:
+                yield weight + hard_dual(stored, stored * _mask(old, i, stored))
 
     @torch.no_grad()
     def update(self, progress: float) -> ZStep:

@@ -180,7 +180,8 @@ class NTPTrainer(Trainer):
             source_classes=not self._matches_features,
             seed=seed,
         )
-        paired = PairedDataset(source, targets, source_transform, seed)
+        compared = any((args.target_weight, args.fisher_weight, args.collapse_weight))
+        paired = PairedDataset(source, targets, source_transform, seed, compared)
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
         self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
         check_pattern(self.prunable, args.prune_pattern)
@@ -296,9 +297,7 @@ class NTPTrainer(Trainer):
 
         One pass, or one per domain with BatchNorm.
         """
-        # Without a term that looks at them, target images are the attackers' alone.
-        weights = (self.args.target_weight, self.args.fisher_weight, self.args.collapse_weight)
-        source, targets = inputs["pixel_values"], inputs["targets"] if any(weights) else {}
+        source, targets = inputs["pixel_values"], inputs["targets"]
         labels = {name: target["labels"] for name, target in targets.items()}
         if self._batch_norm:
             logits, (kept, *tokens) = self._encode(model, source)

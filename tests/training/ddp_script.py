@@ -27,7 +27,10 @@ SGD = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 8, "logging_steps": 1
 RUNS = {
     "adaptive": lambda: (
         tiny_vit(),
-        {**ATTACKERS, "target_weight": 0.3, "prune_pattern": "global", "save_strategy": "steps", "save_steps": 4},
+        {
+            **{**ATTACKERS, "target_weight": 0.3, "prune_pattern": "global", "gradient_checkpointing": True},
+            **{"save_strategy": "steps", "save_steps": 4},
+        },
     ),
     "paper": lambda: (tiny_vit(), {**PRESETS["paper"], "sparsity": 0.6, "target": TWO_TARGETS}),
     "features": lambda: (

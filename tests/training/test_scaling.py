@@ -9,12 +9,20 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_ntp import NTPConfig
 from hf_ntp.training.distributed import check_processes
+from hf_ntp.training.trainer import _spare_draws
 
-from ..conftest import tiny_resnet, tiny_vit
+from ..conftest import Rows, tiny_resnet, tiny_vit
 from .test_trainer import NO_TARGET, trainer
 
 # Attackers act at once, on a model that moves.
 FEW_STEPS = {"max_steps": 4, "logging_steps": 1, "optim": "sgd", "learning_rate": 0.05, "attacker_patience": 0}
+
+
+def options_of(**options):
+    defaults = {"attackers": 4, "attacker_batch_size": 16, "attacker_weight": 1.0, "world_size": 1}
+    return SimpleNamespace(
+        **{**defaults, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **options}
+    )
 
 
 def trained(folder, model=None, **options):
@@ -29,6 +37,29 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     saving, other_log = trained(tmp_path / "saving", gradient_checkpointing=True)
     assert log[-1]["attacker_loss"] == other_log[-1]["attacker_loss"]
     assert all(torch.equal(weight, saving[name]) for name, weight in plain.items())
+
+
+def test_no_image_is_read_that_nothing_looks_at(tmp_path):
+    """Each of 2 steps: 8 images for terms and 8 x 2 for the attacker, each only where it is on."""
+    read = []
+
+    class Target(Rows):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    def images_read(**options):
+        ours = trainer(tmp_path, target=Target(classes=4), **{**NO_TARGET, "attacker_batch_size": 16, **options})
+        batches = iter(ours.get_train_dataloader())
+        read.clear()
+        # Accelerate's loader is one batch ahead.
+        next(batches)
+        return len(read)
+
+    assert images_read(attackers=1, fisher_weight=1.0) == 2 * (8 + 16)
+    assert images_read(attackers=1) == 2 * 16
+    assert images_read(fisher_weight=1.0) == 2 * 8
+    assert images_read(attackers=1, attacker_weight=0.0) == 0
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -71,8 +102,24 @@ def test_sharded_training_is_refused(tmp_path, kind):
 
 @pytest.mark.parametrize("loader", [{"split_batches": True}, {"dispatch_batches": True}, {"even_batches": False}])
 def test_parts_of_a_batch_that_are_not_alike_are_refused(loader):
-    args = SimpleNamespace(world_size=2, accelerator_config=AcceleratorConfig(**loader))
+    args = options_of(world_size=2, accelerator_config=AcceleratorConfig(**loader))
     with pytest.raises(ValueError, match=f"{next(iter(loader))}={next(iter(loader.values()))}"):
         check_processes(args, DistributedType.MULTI_CPU, tiny_vit())
-    args.world_size = 1
-    check_processes(args, DistributedType.NO, tiny_vit())
+    check_processes(options_of(accelerator_config=AcceleratorConfig(**loader)), DistributedType.NO, tiny_vit())
+
+
+def test_statistics_that_attackers_would_mix_are_refused():
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(tiny_resnet())
+    options = {"world_size": 2, "accelerator_config": AcceleratorConfig()}
+    with pytest.raises(ValueError, match="SyncBatchNorm with 4 simulated attackers"):
+        check_processes(options_of(**options), DistributedType.MULTI_GPU, model)
+    check_processes(options_of(**options, attackers=0), DistributedType.MULTI_GPU, model)
+
+
+def test_images_of_attackers_are_counted_over_processes_and_micro_batches():
+    """4 attackers x 16 images: 8 rows beside each of 8 source rows, and fewer where a step has more source rows."""
+    assert _spare_draws(options_of(), 1) == 8
+    assert _spare_draws(options_of(), 2) == 4
+    assert _spare_draws(options_of(world_size=2), 1) == 4
+    assert _spare_draws(options_of(world_size=2, gradient_accumulation_steps=3), 1) == 2
+    assert _spare_draws(options_of(attacker_weight=0.0), 1) == _spare_draws(options_of(attackers=0), 1) == 0
