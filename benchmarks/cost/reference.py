@@ -1,9 +1,9 @@
 """Straightforward versions of the ADMM update and of the Fisher terms, to compare ours with.
 
-Written for this benchmark, from the formulas. They do what research code for non-transferable pruning does: Python loops
-over parameters and over classes, the penalty as a loss that autograd differentiates, Z, U and a float mask stored apart,
-the threshold as a percentile of the sorted magnitudes. They leave out what that code does wrong (an unsquared norm,
-absent classes as zero means, masks that can only shrink) or twice, which would cost more; results are those of ours.
+Written for this benchmark, from the formulas. They do what research code for non-transferable pruning does: Python
+loops over parameters and over classes, the penalty as a loss that autograd differentiates, Z, U and a float mask
+stored apart, the threshold as a percentile of the sorted magnitudes. They leave out what that code does wrong (an
+unsquared norm, absent classes as zero means, masks that can only shrink) or twice; results are those of ours.
 """
 
 from __future__ import annotations

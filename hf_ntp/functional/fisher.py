@@ -37,8 +37,8 @@ def _class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
 def _deviations(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Return [..., N, D] deviations within classes and [..., M, D] deviations of the means, over sqrt(N).
 
-    A mean counts once per class, with the root of its share (M = K), or once per sample (M = N): S_B is the same, and
-    what has the size of all classes costs much more than what has the size of the batch where most classes are absent.
+    A mean counts once per class, with the root of its share (M = K), or, where most classes are absent, once per
+    sample (M = N): S_B is the same, and nothing has the size of all classes.
     """
     size = len(labels)
     if size == 0 or features.dim() < 2 or features.shape[-2] != size:
@@ -46,10 +46,13 @@ def _deviations(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
             f"features have shape {tuple(features.shape)} and labels {tuple(labels.shape)}; "
             "needed: [..., N, D] and [N] with N >= 1. Pool the features to one vector per sample first."
         )
+    many = num_classes >= size
+    if many:  # number the classes by their first sample
+        labels, num_classes = (labels[:, None] == labels).int().argmax(1), size
     sums, counts = _class_sums(features, labels, num_classes)
     own = sums.index_select(-2, labels) / counts[labels].unsqueeze(-1)
     mean = features.mean(-2, keepdim=True)
-    if num_classes >= size:
+    if many:
         return (features - own) / size**0.5, (own - mean) / size**0.5
     means = sums / counts.clamp(min=1).unsqueeze(-1)
     # The square root is taken of counts, not of learnt values: absent classes give 0 with no gradient.
