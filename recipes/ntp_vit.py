@@ -11,306 +11,79 @@ Your own model and data, from the Hub or from folders:
 
 Every option of NTPConfig and transformers.TrainingArguments is understood too; --config takes a YAML file of them
 (the default one holds the numbers of steps of the demo). The result is OUTPUT_DIR/protected. Running the same command
-again continues an interrupted run.
+again continues an interrupted run; SIGTERM or Ctrl-C during protection saves a checkpoint first.
+
+An encoder without a head (DINOv2, ViTMAE, ...) gets one and is fine-tuned on the source first, as in the NTP paper.
+With --source_loss features it stays as it is, without a head: recipes/ntp_ssl.py has defaults for that.
 """
 
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import yaml
-from transformers.hf_argparser import HfArgumentParser
+from hf_ntp.recipes import common
+from hf_ntp.recipes.common import SMALL_SIZE, BaseModel, given_model, small_processor
 
-from hf_ntp.training.arguments import PRESETS, ProtectionArguments
+from hf_ntp.interruption import unwind_on_sigterm
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
-    from transformers import BaseImageProcessor, PreTrainedModel
-
     from hf_ntp import NTPConfig
 
 
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults, and the launch lines as they are written."""
-
-
 @dataclass
-class RecipeArguments:
+class ViTArguments(common.RecipeArguments):
     """Model, data and evaluation."""
 
-    config: str = field(
-        default=str(Path(__file__).with_suffix(".yaml")), metadata={"help": "YAML file with defaults of all options."}
-    )
-    preset: str = field(
-        default="adaptive",
-        metadata={
-            "help": "Defaults of the options, see hf_ntp/training/arguments.py.",
-            "choices": [*PRESETS],
-        },
-    )
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model to protect, Hub id or folder. Default: a small ViT trained here."}
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of that model."})
-    source_dataset: str = field(
-        default="mnist",
-        metadata={"help": "Authorized domain: mnist, mnistm, optdigits, syn, a Hub id, a folder of images, parquet."},
-    )
-    source_config: str | None = field(default=None, metadata={"help": "Configuration of that Hub dataset."})
-    source_split: str | None = field(default=None, metadata={"help": "Take only this split, and divide it."})
-    source_revision: str | None = field(default=None, metadata={"help": "Revision of that Hub dataset."})
-    source_image_column: str | None = field(default=None, metadata={"help": "Its image column."})
-    source_label_column: str | None = field(default=None, metadata={"help": "Its label column."})
-    source_max_samples: int | None = field(default=None, metadata={"help": "Use at most so many images per split."})
-    target_dataset: str = field(default="optdigits", metadata={"help": "Unauthorized domain, as above."})
-    target_config: str | None = field(default=None, metadata={"help": "Configuration of that Hub dataset."})
-    target_split: str | None = field(default=None, metadata={"help": "Take only this split, and divide it."})
-    target_revision: str | None = field(default=None, metadata={"help": "Revision of that Hub dataset."})
-    target_image_column: str | None = field(default=None, metadata={"help": "Its image column."})
-    target_label_column: str | None = field(default=None, metadata={"help": "Its label column."})
-    target_max_samples: int | None = field(default=None, metadata={"help": "Use at most so many images per split."})
-    owner_fraction: float = field(
-        default=0.75,
-        metadata={"help": "Share of the target's training images that protection sees; the attacker gets the rest."},
-    )
-    pretrain_steps: int = field(
-        default=2500, metadata={"help": "Training steps on the source, where the model does not know its classes yet."}
-    )
-    pretrain_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak rate of that training; default 1e-3 for the small ViT, 5e-5 for yours."}
-    )
-    pretrain_seed: int = field(default=0, metadata={"help": "Seed of that training and of the small ViT's weights."})
-    augment_shift: int = field(default=1, metadata={"help": "Random shift of source images, in pixels."})
-    sample_sizes: list[int] = field(
-        default_factory=lambda: [10, 30, 100], metadata={"help": "Labelled target images of the learning curves."}
-    )
-    attack_seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the attacks."})
-    attack_steps: int = field(default=600, metadata={"help": "Optimizer steps of every fit."})
-    attack_batch_size: int = field(default=32, metadata={"help": "Images per step of every fit."})
-    attack_learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Rates the attacker chooses from."}
-    )
-    jobs: int | None = field(
-        default=None, metadata={"help": "Fits at a time in one launched process; default one per core that it has."}
-    )
-    repo_id: str = field(default="path/to/this/folder", metadata={"help": "What the card says to load."})
-    license: str = field(default="other", metadata={"help": "Licence id for the card."})
-    terms: str | None = field(
-        default=None, metadata={"help": "What you allow, in words, for record, card and gating prompt."}
-    )
+    config: str = str(Path(__file__).with_suffix(".yaml"))
 
 
-SMALL_VIT_SIZE = 16
-
-
-class BaseModel(NamedTuple):
-    """The model before protection."""
-
-    model: PreTrainedModel
-    processor: BaseImageProcessor
-    learning_rate: float | None
-    """Rate at which it still has to learn the source; None when it knows its classes."""
-    revision: str | None = None
-    """Commit on the Hub, where it came from there."""
-
-
-# Change where or how fast a run goes, not what comes out.
-_FREE = ("config", "jobs", "repo_id", "license", "terms")
-
-
-def parse(argv: list[str]) -> tuple[RecipeArguments, NTPConfig]:
+def parse(argv: list[str]) -> tuple[ViTArguments, NTPConfig]:
     """Read YAML defaults and command-line options; unknown keys in either are errors."""
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default=RecipeArguments.config)
-    first.add_argument("--preset")
-    early = first.parse_known_args(argv)[0]
-    defaults = yaml.safe_load(Path(early.config).read_text()) or {}
-    preset = early.preset or defaults.get("preset", RecipeArguments.preset)
-    defaults = PRESETS.get(preset, {}) | defaults
-    # How long to train is one choice: epochs on the command line replace the file's number of steps.
-    if "--num_train_epochs" in argv and "--max_steps" not in argv:
-        defaults.pop("max_steps", None)
-    types: Any = [RecipeArguments, ProtectionArguments]
-    if not {"-h", "--help"} & set(argv):
-        # Importing TrainingArguments takes seconds; the help shows the options of the recipe and the method only.
-        from hf_ntp import NTPConfig
-
-        types = [RecipeArguments, NTPConfig]
-    parser = HfArgumentParser(types, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    known = {action.dest for action in parser._actions}
-    unknown = sorted(defaults.keys() - known)
-    if unknown and types[1] is not ProtectionArguments:
-        parser.error(f"the configuration file has unknown keys: {', '.join(unknown)}; see --help for the options")
-    parser.set_defaults(**{key: value for key, value in defaults.items() if key in known})
-    recipe, config = parser.parse_args_into_dataclasses(argv)
-    return recipe, config
+    return common.parse(argv, ViTArguments, __doc__)
 
 
-def load(recipe: RecipeArguments, side: str) -> DatasetDict:
-    """Load the "source" or the "target" domain."""
-    from hf_ntp import load_domain
-
-    options = {key.removeprefix(f"{side}_"): value for key, value in vars(recipe).items() if key.startswith(side)}
-    return load_domain(options.pop("dataset"), **options)
-
-
-def base_model(recipe: RecipeArguments, labels: list[str]) -> BaseModel:
+def base_model(recipe: ViTArguments, config: NTPConfig, labels: list[str]) -> BaseModel:
     """Load the model to protect, or make a small ViT, and tell whether it knows the source's classes."""
     import torch
-    from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
+    from transformers import AutoModelForImageClassification
 
-    from hf_ntp.models import find_head, replace_head
+    from hf_ntp.models import find_head, load_model, replace_head
     from hf_ntp.training.pretraining import small_vit
 
     rate = recipe.pretrain_learning_rate
     if recipe.model_name_or_path is None:
-        size = {"height": SMALL_VIT_SIZE, "width": SMALL_VIT_SIZE}
-        model = small_vit(labels, SMALL_VIT_SIZE, recipe.pretrain_seed)
-        return BaseModel(model, ViTImageProcessorPil(size=size), rate or 1e-3)
+        return BaseModel(small_vit(labels, SMALL_SIZE, recipe.pretrain_seed), small_processor(), rate or 1e-3)
     name, revision = recipe.model_name_or_path, recipe.model_revision
+    if config.source_loss == "features":
+        return given_model(recipe, load_model(name, config.head_name, config.encoder_name, revision=revision))
     model, loading = AutoModelForImageClassification.from_pretrained(
         name, revision=revision, dtype=torch.float32, output_loading_info=True
     )
-    processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
-    commit = getattr(model.config, "_commit_hash", None)
     found = [model.config.id2label[i] for i in range(model.config.num_labels)]
     generic = found == [f"LABEL_{i}" for i in range(len(labels))]
     headless = any(key.startswith(find_head(model)[0]) for key in loading["missing_keys"])
     if not headless and (found == labels or generic):
-        return BaseModel(model, processor, None, commit)
+        return given_model(recipe, model)
     print(
         f"{name} does not classify the source ({len(found)} classes: {', '.join(found[:4])}, ...; the source has "
         f"{len(labels)}: {', '.join(labels[:4])}, ...). It gets a new head and is fine-tuned on the source for "
         f"{recipe.pretrain_steps} steps first."
     )
     replace_head(model, labels)
-    return BaseModel(model, processor, rate or 5e-5, commit)
-
-
-def save(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
-    """Save model and image processor; the folder appears when it is whole."""
-    from hf_ntp.run_folder import whole_folder
-
-    with whole_folder(folder) as staged:
-        model.save_pretrained(staged)
-        processor.save_pretrained(staged)
-
-
-def show(run: Path) -> dict[str, Any]:
-    """Print and return the results of a finished run."""
-    from hf_ntp.publishing.report import read_results, results_table
-
-    results = read_results(run / "protected")
-    print(f"\n{results_table(results)}\n\nThe protected model is in {run / 'protected'}")
-    return results
+    return given_model(recipe, model, rate or 5e-5)
 
 
 def main(argv: list[str]) -> dict[str, Any]:
     """Run the recipe and return the content of ``results.json`` (on the first process; {} on the others)."""
     recipe, config = parse(argv)
-
-    import shutil
-
-    from accelerate.utils import wait_for_everyone
-    from transformers import AutoModelForImageClassification
-    from transformers.trainer_utils import get_last_checkpoint
-
-    import hf_ntp
-    from hf_ntp.data import RandomShift, check_target
-    from hf_ntp.evaluation.runner import check_seeds
-    from hf_ntp.functional import check_sample_sizes
-    from hf_ntp.publishing.report import build_record, build_results, write_report
-    from hf_ntp.run_folder import Stopwatch, claim_run_folder, weight_digests, whole_folder
     from hf_ntp.training.pretraining import train_classifier
 
-    # Whatever is wrong with options or data shows here, before any training starts.
-    protocol = hf_ntp.FineTuneProtocol(
-        recipe.attack_steps, recipe.attack_batch_size, tuple(recipe.attack_learning_rates)
-    )
-    check_sample_sizes(recipe.sample_sizes)
-    check_seeds(recipe.attack_seeds)
-    source, target = load(recipe, "source"), load(recipe, "target")
-    check_target(source["train"]["label"], "the source")
-    check_target(target["train"]["label"])
-    target["owner"], target["attacker"] = hf_ntp.split_owner_attacker(target.pop("train"), recipe.owner_fraction)
-    for seed in recipe.attack_seeds:
-        hf_ntp.nested_subsets(target["attacker"]["label"], recipe.sample_sizes, seed)
-    start = base_model(recipe, source["train"].features["label"].names)
-    authorized, unauthorized = (
-        {part: hf_ntp.PixelDataset.from_dataset(data, start.processor) for part, data in domain.items()}
-        for domain in (source, target)
-    )
-    settings = {key: value for key, value in vars(recipe).items() if key not in _FREE} | config.fingerprint()
-    run, first = Path(str(config.output_dir)), config.process_index == 0
-    if first:
-        claim_run_folder(run, settings)
-    wait_for_everyone()
-    if (run / "protected").exists():
-        return show(run) if first else {}
-    watch, augment = Stopwatch(run / "seconds.json" if first else None), RandomShift(recipe.augment_shift)
-
-    base, weights, model = run / "unprotected", run / "work" / "protected", start.model
-    with watch("pretrain"):
-        if base.exists():
-            model = AutoModelForImageClassification.from_pretrained(base)
-        elif start.learning_rate is not None:
-            train_classifier(
-                model, authorized["train"], str(run / "work"), recipe.pretrain_steps, start.learning_rate,
-                transform=augment, seed=recipe.pretrain_seed, use_cpu=config.use_cpu,
-            )  # fmt: skip
-    if first and not base.exists():
-        save(base, model, start.processor)
-    wait_for_everyone()
-
-    config.output_dir = str(run / "work")
-    trainer = hf_ntp.NTPTrainer(
-        model,
-        config,
-        authorized["train"],
-        {Path(recipe.target_dataset).name: unauthorized["owner"]},
-        eval_dataset=authorized["validation"],
-        processing_class=start.processor,
-        source_transform=augment,
-    )
-    with watch("protect"):
-        if not weights.exists():
-            trainer.train(get_last_checkpoint(config.output_dir) if Path(config.output_dir).exists() else None)
-            if first:
-                save(weights, model, start.processor)
-    wait_for_everyone()
-
-    attack = hf_ntp.AttackData(*(unauthorized[part] for part in ("attacker", "validation", "test")))
-    with watch("evaluate"):
-        measured = hf_ntp.measure_protection(
-            base, weights, authorized["test"], attack, recipe.sample_sizes, recipe.attack_seeds, protocol,
-            cache_dir=run / "work" / "fits", jobs=recipe.jobs,
-        )  # fmt: skip
-    if not first:
-        return {}
-    references = (
-        hf_ntp.DomainReference.of(recipe.source_dataset, source, recipe.source_config, recipe.source_revision),
-        hf_ntp.DomainReference.of(recipe.target_dataset, target, recipe.target_config, recipe.target_revision),
-    )
-    name = recipe.model_name_or_path
-    origin = {
-        "name": None if name is None or Path(name).exists() else name,
-        "revision": start.revision,
-        "weights": weight_digests(base),
-    }
-    with whole_folder(run / "protected") as folder:
-        shutil.copytree(weights, folder, dirs_exist_ok=True)
-        results = build_results(*references, measured, watch.seconds)
-        record = build_record(
-            results, [references[0]], [references[1]], type(model).__name__, origin, config.summary(),
-            measured.sparsity, recipe.license, recipe.terms,
-        )  # fmt: skip
-        write_report(folder, record, results, repo_id=recipe.repo_id)
-    return show(run)
+    return common.run(recipe, config, base_model, train_classifier)
 
 
 if __name__ == "__main__":
+    unwind_on_sigterm()
     main(sys.argv[1:])

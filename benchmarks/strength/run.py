@@ -34,7 +34,7 @@ from hf_ntp.evaluation.cache import FIT_VERSION
 from hf_ntp.evaluation.controls import prune_without_protection
 from hf_ntp.evaluation.runner import accuracy_of
 from hf_ntp.evaluation.suite import run_attacks
-from hf_ntp.models import noted_prunable_weights, zero_fraction
+from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
 from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
 from hf_ntp.run_folder import whole_file, whole_folder
 from hf_ntp.training.arguments import PRESETS, ProtectionArguments
@@ -110,12 +110,13 @@ def load(name: str, image_size: int) -> Domain:
     return Domain(*pixels, names=parts["train"].features["label"].names)
 
 
-def pretrain(architecture: str, source: str, folder: Path) -> None:
-    """Train the unprotected model."""
+def pretrain(architecture: str, source: str, folder: Path, steps: int | None = None) -> None:
+    """Train the unprotected model, for PRETRAIN_STEPS by default."""
     shape = ARCHITECTURES[architecture]
     data = load(source, shape.image_size)
     model = shape.build(data.names)
-    train_classifier(model, data.train, str(folder.parent / "trainer"), PRETRAIN_STEPS, transform=RandomShift(1))
+    trainer, steps = str(folder.parent / "trainer"), steps or PRETRAIN_STEPS
+    train_classifier(model, data.train, trainer, steps, transform=RandomShift(1))
     save(model, folder)
 
 
@@ -123,7 +124,7 @@ def protect(cell: Cell, base: Path, folder: Path, preset: str, options: dict[str
     """Protect the model, or train it on with the same budget and no target terms; return the training log."""
     shape = ARCHITECTURES[cell.architecture]
     source, target = load(cell.source, shape.image_size), load(cell.target, shape.image_size)
-    model = AutoModelForImageClassification.from_pretrained(base)
+    model = load_model(str(base))
     schedule = {
         "max_steps": shape.protection_steps,
         "lr_scheduler_type": "cosine",
@@ -134,9 +135,10 @@ def protect(cell: Cell, base: Path, folder: Path, preset: str, options: dict[str
         "disable_tqdm": True,
     }
     settings = hf_ntp.NTPConfig.from_preset(preset, output_dir=str(folder.parent / "trainer"), **schedule | options)
-    trainer = hf_ntp.NTPTrainer(model, settings, source.train, target.owner, source_transform=RandomShift(1))
+    seen = None if settings.target_access == "none" else target.owner
+    trainer = hf_ntp.NTPTrainer(model, settings, source.train, seen, source_transform=RandomShift(1))
     trainer.train()
-    save(model, folder)
+    save(trainer.model, folder)
     return trainer.state.log_history
 
 

@@ -58,7 +58,11 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_model(
-    checkpoint: str, head_name: str | None = None, encoder_name: str | None = None, random_init: bool = False
+    checkpoint: str,
+    head_name: str | None = None,
+    encoder_name: str | None = None,
+    random_init: bool = False,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint in float32 as the class that it names, with a head where it has none.
 
@@ -67,11 +71,12 @@ def load_model(
         head_name: See :func:`~hf_ntp.models.find_head`.
         encoder_name: See :class:`EncoderWithHead`.
         random_init: Draw the weights from the global generator instead of loading them.
+        revision: Branch, tag or commit on the Hub.
     """
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint, revision=revision)
     kind: Any = _class_of(config)
     if not random_init:
-        model = kind.from_pretrained(checkpoint, dtype=torch.float32)
+        model = kind.from_pretrained(checkpoint, revision=revision, dtype=torch.float32)
     elif hasattr(kind, "from_config"):
         model = kind.from_config(config, dtype=torch.float32)
     else:

@@ -30,7 +30,11 @@ _ENVIRONMENT = ("torch", "transformers", "accelerate", "datasets", "peft", "nump
 
 
 def build_results(
-    source: DomainReference, target: DomainReference, measured: Measurement, seconds: Mapping[str, float]
+    source: DomainReference,
+    target: DomainReference,
+    measured: Measurement,
+    seconds: Mapping[str, float],
+    target_access: str = "labelled",
 ) -> dict[str, Any]:
     """Content of ``results.json``.
 
@@ -39,8 +43,9 @@ def build_results(
         target: Unauthorized domain.
         measured: What :func:`~hf_ntp.measure_protection` found.
         seconds: Wall time of "pretrain", "protect" and "evaluate".
+        target_access: What the protection knew of the target, see :class:`~hf_ntp.NTPConfig`.
     """
-    curves, areas = measured.curves, summarize(measured.curves)
+    curves, areas, utility = measured.curves, summarize(measured.curves), measured.utility
     return {
         "source": {
             "domain": source.name,
@@ -49,8 +54,9 @@ def build_results(
             "accuracy_after": measured.accuracy.after,
             "test_images": measured.accuracy.images,
             "measure": measured.accuracy.measure,
+            **({} if utility is None else {"knn_before": utility.before.knn, "knn_after": utility.after.knn}),
         },
-        "target": {"domain": target.name, "dataset": target.dataset},
+        "target": {"domain": target.name, "dataset": target.dataset, "access": target_access},
         "sparsity": measured.sparsity.achieved,
         "sparsity_details": asdict(measured.sparsity),
         "slc": {
@@ -246,9 +252,15 @@ def read_results(folder: str | Path) -> dict[str, Any]:
 def results_table(results: Mapping[str, Any]) -> str:
     """Return the figures of a run as a table that a person can read."""
     source, slc = results["source"], results["slc"]
+    measures = [("linear probe", "accuracy"), ("nearest neighbours", "knn")]
+    if "knn_before" not in source:
+        measures = [("accuracy", "accuracy")]
     lines = [
-        f"authorized    {source['domain']}: accuracy {source['accuracy_before']:.3f} before, "
-        f"{source['accuracy_after']:.3f} after ({source['test_images']} test images)",
+        *(
+            f"authorized    {source['domain']}: {name} {source[f'{key}_before']:.3f} before, "
+            f"{source[f'{key}_after']:.3f} after ({source['test_images']} test images)"
+            for name, key in measures
+        ),
         f"sparsity      {results['sparsity']:.4f} of {results['sparsity_details']['prunable_weights']:,} weights",
         f"unauthorized  {results['target']['domain']}: mean test accuracy of {len(slc['seeds'])} seeds after "
         "fine-tuning on n labelled images",

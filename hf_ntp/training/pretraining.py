@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -19,6 +21,15 @@ from transformers import (
 
 from .paired_data import Transform, collate
 
+SMALL_VIT: dict[str, Any] = {
+    "patch_size": 4,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
+"""Shape of the small transformers that are trained here (0.1 M weights)."""
+
 
 def small_vit(labels: list[str], image_size: int = 16, seed: int = 0) -> ViTForImageClassification:
     """A ViT that trains in a minute on one core: patch 4, width 64, 3 blocks, 4 heads, MLP 128 (0.1 M weights).
@@ -31,11 +42,7 @@ def small_vit(labels: list[str], image_size: int = 16, seed: int = 0) -> ViTForI
     torch.manual_seed(seed)
     config = ViTConfig(
         image_size=image_size,
-        patch_size=4,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=128,
+        **SMALL_VIT,
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
     )
@@ -86,6 +93,28 @@ def train_classifier(
         use_cpu: As in `TrainingArguments`; the same as in a configuration made before, or several processes would
             no longer know of each other (the last arguments made decide for all).
     """
+
+    def views(batch: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        return batch if transform is None else {**batch, "pixel_values": transform(batch["pixel_values"], rng)}
+
+    train(model, train_dataset, output_dir, steps, learning_rate, batch_size, views, seed, use_cpu)
+
+
+def train(
+    model: nn.Module,
+    train_dataset: Dataset,
+    output_dir: str,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    views: Callable[[dict[str, Any], np.random.Generator], dict[str, Any]],
+    seed: int = 0,
+    use_cpu: bool = False,
+) -> None:
+    """What every kind of pretraining shares: :func:`train_classifier` for any ``model`` that returns its loss first.
+
+    ``views`` makes its inputs of a batch of "pixel_values" and, where there are any, "labels".
+    """
     args = TrainingArguments(
         output_dir=output_dir,
         max_steps=steps,
@@ -103,9 +132,6 @@ def train_classifier(
         use_cpu=use_cpu,
     )
     rng = np.random.default_rng(seed)
-
-    def collate_transformed(rows: Any) -> dict[str, Any]:
-        batch = collate(rows)
-        return batch if transform is None else {**batch, "pixel_values": transform(batch["pixel_values"], rng)}
-
-    Trainer(model=model, args=args, train_dataset=train_dataset, data_collator=collate_transformed).train()
+    Trainer(
+        model=model, args=args, train_dataset=train_dataset, data_collator=lambda rows: views(collate(rows), rng)
+    ).train()

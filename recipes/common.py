@@ -1,0 +1,311 @@
+"""What the protection recipes share: options, the run from data to report, resumption. Not a script.
+
+A recipe brings the model to protect, and how it is pretrained where it has not learned the source yet.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from hf_ntp.training.arguments import PRESETS, ProtectionArguments
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from transformers import BaseImageProcessor, PreTrainedModel
+
+    from hf_ntp import NTPConfig
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and the launch lines as they are written."""
+
+
+@dataclass
+class RecipeArguments:
+    """Model, data and evaluation."""
+
+    config: str = field(default="", metadata={"help": "YAML file with defaults of all options."})
+    preset: str = field(
+        default="adaptive",
+        metadata={
+            "help": "Defaults of the options, see hf_ntp/training/arguments.py.",
+            "choices": [*PRESETS],
+        },
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model to protect, Hub id or folder. Default: a small one trained here."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of that model."})
+    source_dataset: str = field(
+        default="mnist",
+        metadata={"help": "Authorized domain: mnist, mnistm, optdigits, syn, a Hub id, a folder of images, parquet."},
+    )
+    source_config: str | None = field(default=None, metadata={"help": "Configuration of that Hub dataset."})
+    source_split: str | None = field(default=None, metadata={"help": "Take only this split, and divide it."})
+    source_revision: str | None = field(default=None, metadata={"help": "Revision of that Hub dataset."})
+    source_image_column: str | None = field(default=None, metadata={"help": "Its image column."})
+    source_label_column: str | None = field(default=None, metadata={"help": "Its label column."})
+    source_max_samples: int | None = field(default=None, metadata={"help": "Use at most so many images per split."})
+    target_dataset: str = field(
+        default="optdigits",
+        metadata={"help": "Unauthorized domain, as above; what of it the protection sees is --target_access."},
+    )
+    target_config: str | None = field(default=None, metadata={"help": "Configuration of that Hub dataset."})
+    target_split: str | None = field(default=None, metadata={"help": "Take only this split, and divide it."})
+    target_revision: str | None = field(default=None, metadata={"help": "Revision of that Hub dataset."})
+    target_image_column: str | None = field(default=None, metadata={"help": "Its image column."})
+    target_label_column: str | None = field(default=None, metadata={"help": "Its label column."})
+    target_max_samples: int | None = field(default=None, metadata={"help": "Use at most so many images per split."})
+    owner_fraction: float = field(
+        default=0.75,
+        metadata={"help": "Share of the target's training images that protection sees; the attacker gets the rest."},
+    )
+    pretrain_steps: int = field(
+        default=2500, metadata={"help": "Training steps on the source, where the model has not learned it yet."}
+    )
+    pretrain_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak rate of that training; default 1e-3 for a small model, 5e-5 for yours."}
+    )
+    pretrain_seed: int = field(default=0, metadata={"help": "Seed of that training and of a small model's weights."})
+    augment_shift: int = field(default=1, metadata={"help": "Random shift of source images, in pixels."})
+    sample_sizes: list[int] = field(
+        default_factory=lambda: [10, 30, 100], metadata={"help": "Labelled target images of the learning curves."}
+    )
+    attack_seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the attacks."})
+    attack_steps: int = field(default=600, metadata={"help": "Optimizer steps of every fit."})
+    attack_batch_size: int = field(default=32, metadata={"help": "Images per step of every fit."})
+    attack_learning_rates: list[float] = field(
+        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Rates the attacker chooses from."}
+    )
+    jobs: int | None = field(
+        default=None, metadata={"help": "Fits at a time in one launched process; default one per core that it has."}
+    )
+    repo_id: str = field(default="path/to/this/folder", metadata={"help": "What the card says to load."})
+    license: str = field(default="other", metadata={"help": "Licence id for the card."})
+    terms: str | None = field(
+        default=None, metadata={"help": "What you allow, in words, for record, card and gating prompt."}
+    )
+
+
+class BaseModel(NamedTuple):
+    """The model before protection."""
+
+    model: PreTrainedModel
+    processor: BaseImageProcessor
+    learning_rate: float | None
+    """Rate at which it still has to learn the source; None when it has."""
+    revision: str | None = None
+    """Commit on the Hub, where it came from there."""
+
+
+Pretrain = Callable[..., None]
+"""Trains a model in place: (model, images, folder for Trainer, steps, rate, transform=, seed=, use_cpu=)."""
+
+SMALL_SIZE = 16
+"""Height and width of the images of a small model."""
+
+# Change where or how fast a run goes, not what comes out.
+_FREE = ("config", "jobs", "repo_id", "license", "terms")
+
+
+Arguments = TypeVar("Arguments", bound=RecipeArguments)
+
+
+def parse(argv: list[str], kind: type[Arguments], description: str) -> tuple[Arguments, NTPConfig]:
+    """Read YAML defaults and command-line options; unknown keys in either are errors.
+
+    Args:
+        argv: Command line.
+        kind: Options of the recipe; its default of "config" names the file with the recipe's own defaults.
+        description: For the help.
+    """
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default=kind.config)
+    first.add_argument("--preset")
+    early = first.parse_known_args(argv)[0]
+    defaults = yaml.safe_load(Path(early.config).read_text()) or {}
+    preset = early.preset or defaults.get("preset", kind.preset)
+    defaults = PRESETS.get(preset, {}) | defaults
+    # How long to train is one choice: epochs on the command line replace the file's number of steps.
+    if "--num_train_epochs" in argv and "--max_steps" not in argv:
+        defaults.pop("max_steps", None)
+    types: Any = [kind, ProtectionArguments]
+    if not {"-h", "--help"} & set(argv):
+        # Importing TrainingArguments takes seconds; the help shows the options of the recipe and the method only.
+        from hf_ntp import NTPConfig
+
+        types = [kind, NTPConfig]
+    parser = HfArgumentParser(types, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    known = {action.dest for action in parser._actions}
+    unknown = sorted(defaults.keys() - known)
+    if unknown and types[1] is not ProtectionArguments:
+        parser.error(f"the configuration file has unknown keys: {', '.join(unknown)}; see --help for the options")
+    parser.set_defaults(**{key: value for key, value in defaults.items() if key in known})
+    recipe, config = parser.parse_args_into_dataclasses(argv)
+    return recipe, config
+
+
+def load(recipe: RecipeArguments, side: str) -> DatasetDict:
+    """Load the "source" or the "target" domain."""
+    from hf_ntp import load_domain
+
+    options = {key.removeprefix(f"{side}_"): value for key, value in vars(recipe).items() if key.startswith(side)}
+    return load_domain(options.pop("dataset"), **options)
+
+
+def small_processor() -> BaseImageProcessor:
+    """Image processor of the small models."""
+    from transformers import ViTImageProcessorPil
+
+    return ViTImageProcessorPil(size={"height": SMALL_SIZE, "width": SMALL_SIZE})
+
+
+def given_model(recipe: RecipeArguments, model: PreTrainedModel, rate: float | None = None) -> BaseModel:
+    """Complete what was loaded from ``recipe.model_name_or_path``; ``rate`` as in :class:`BaseModel`."""
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(
+        recipe.model_name_or_path, revision=recipe.model_revision, backend="pil"
+    )
+    return BaseModel(model, processor, rate, getattr(model.config, "_commit_hash", None))
+
+
+def save(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
+    """Save model and image processor; the folder appears when it is whole."""
+    from hf_ntp.run_folder import whole_folder
+
+    with whole_folder(folder) as staged:
+        model.save_pretrained(staged)
+        processor.save_pretrained(staged)
+
+
+def show(run: Path) -> dict[str, Any]:
+    """Print and return the results of a finished run."""
+    from hf_ntp.publishing.report import read_results, results_table
+
+    results = read_results(run / "protected")
+    print(f"\n{results_table(results)}\n\nThe protected model is in {run / 'protected'}")
+    return results
+
+
+def run(
+    recipe: RecipeArguments,
+    config: NTPConfig,
+    base_model: Callable[[Any, NTPConfig, list[str]], BaseModel],
+    pretrain: Pretrain,
+) -> dict[str, Any]:
+    """Run a recipe and return the content of ``results.json`` (on the first process; {} on the others).
+
+    Args:
+        recipe: Options.
+        config: Options; ``output_dir`` becomes the one of the Trainer inside the run.
+        base_model: Loads or makes the model to protect; also takes the names of the source's classes.
+        pretrain: Trains it where it has not learned the source yet.
+    """
+    import shutil
+
+    from accelerate.utils import wait_for_everyone
+    from transformers.trainer_utils import get_last_checkpoint
+
+    import hf_ntp
+    from hf_ntp.data import RandomShift, check_target
+    from hf_ntp.evaluation.runner import check_seeds
+    from hf_ntp.functional import check_sample_sizes
+    from hf_ntp.models import load_model, plain_model
+    from hf_ntp.publishing.report import build_record, build_results, write_report
+    from hf_ntp.run_folder import Stopwatch, claim_run_folder, weight_digests, whole_folder
+
+    # Whatever is wrong with options or data shows here, before any training starts.
+    protocol = hf_ntp.FineTuneProtocol(
+        recipe.attack_steps, recipe.attack_batch_size, tuple(recipe.attack_learning_rates)
+    )
+    check_sample_sizes(recipe.sample_sizes)
+    check_seeds(recipe.attack_seeds)
+    source, target = load(recipe, "source"), load(recipe, "target")
+    check_target(source["train"]["label"], "the source")
+    check_target(target["train"]["label"])
+    target["owner"], target["attacker"] = hf_ntp.split_owner_attacker(target.pop("train"), recipe.owner_fraction)
+    for seed in recipe.attack_seeds:
+        hf_ntp.nested_subsets(target["attacker"]["label"], recipe.sample_sizes, seed)
+    start = base_model(recipe, config, source["train"].features["label"].names)
+    authorized, unauthorized = (
+        {part: hf_ntp.PixelDataset.from_dataset(data, start.processor) for part, data in domain.items()}
+        for domain in (source, target)
+    )
+    settings = {key: value for key, value in vars(recipe).items() if key not in _FREE} | config.fingerprint()
+    root, first = Path(str(config.output_dir)), config.process_index == 0
+    if first:
+        claim_run_folder(root, settings)
+    wait_for_everyone()
+    if (root / "protected").exists():
+        return show(root) if first else {}
+    watch, augment = Stopwatch(root / "seconds.json" if first else None), RandomShift(recipe.augment_shift)
+
+    base, weights, model = root / "unprotected", root / "work" / "protected", start.model
+    with watch("pretrain"):
+        if base.exists():
+            model = load_model(str(base), config.head_name, config.encoder_name)
+        elif start.learning_rate is not None:
+            pretrain(
+                model, authorized["train"], str(root / "work"), recipe.pretrain_steps, start.learning_rate,
+                transform=augment, seed=recipe.pretrain_seed, use_cpu=config.use_cpu,
+            )  # fmt: skip
+    if config.head_name or config.encoder_name:  # attackers have to find them too
+        model.config.ntp = {"head_name": config.head_name, "encoder_name": config.encoder_name}
+    if first and not base.exists():
+        save(base, model, start.processor)
+    wait_for_everyone()
+
+    config.output_dir = str(root / "work")
+    trainer = hf_ntp.NTPTrainer(
+        model,
+        config,
+        authorized["train"],
+        None if config.target_access == "none" else {Path(recipe.target_dataset).name: unauthorized["owner"]},
+        eval_dataset=authorized["validation"],
+        processing_class=start.processor,
+        source_transform=augment,
+    )
+    with watch("protect"):
+        if not weights.exists():
+            trainer.train(get_last_checkpoint(config.output_dir) if Path(config.output_dir).exists() else None)
+            if first:
+                save(weights, trainer.model, start.processor)
+    wait_for_everyone()
+
+    attack = hf_ntp.AttackData(*(unauthorized[part] for part in ("attacker", "validation", "test")))
+    with watch("evaluate"):
+        measured = hf_ntp.measure_protection(
+            base, weights, authorized["test"], attack, recipe.sample_sizes, recipe.attack_seeds, protocol,
+            cache_dir=root / "work" / "fits", jobs=recipe.jobs, source_train=authorized["train"],
+        )  # fmt: skip
+    if not first:
+        return {}
+    if config.target_access == "none":
+        del target["owner"]  # nobody has seen it
+    references = (
+        hf_ntp.DomainReference.of(recipe.source_dataset, source, recipe.source_config, recipe.source_revision),
+        hf_ntp.DomainReference.of(recipe.target_dataset, target, recipe.target_config, recipe.target_revision),
+    )
+    name = recipe.model_name_or_path
+    origin = {
+        "name": None if name is None or Path(name).exists() else name,
+        "revision": start.revision,
+        "weights": weight_digests(base),
+    }
+    with whole_folder(root / "protected") as folder:
+        shutil.copytree(weights, folder, dirs_exist_ok=True)
+        results = build_results(*references, measured, watch.seconds, config.target_access)
+        record = build_record(
+            results, [references[0]], [references[1]], type(plain_model(trainer.model)).__name__, origin,
+            config.summary(), measured.sparsity, recipe.license, recipe.terms,
+        )  # fmt: skip
+        write_report(folder, record, results, repo_id=recipe.repo_id)
+    return show(root)
