@@ -229,9 +229,9 @@ def run(
     target["owner"], target["attacker"] = hf_ntp.split_owner_attacker(target.pop("train"), recipe.owner_fraction)
     for seed in recipe.attack_seeds:
         hf_ntp.nested_subsets(target["attacker"]["label"], recipe.sample_sizes, seed)
-    start = base_model(recipe, config, source["train"].features["label"].names)
+    model, processor, rate, commit = base_model(recipe, config, source["train"].features["label"].names)
     authorized, unauthorized = (
-        {part: hf_ntp.PixelDataset.from_dataset(data, start.processor) for part, data in domain.items()}
+        {part: hf_ntp.PixelDataset.from_dataset(data, processor) for part, data in domain.items()}
         for domain in (source, target)
     )
     settings = {key: value for key, value in vars(recipe).items() if key not in _FREE} | config.fingerprint()
@@ -243,36 +243,37 @@ def run(
         return show(root) if first else {}
     watch, augment = Stopwatch(root / "seconds.json" if first else None), RandomShift(recipe.augment_shift)
 
-    base, weights, model = root / "unprotected", root / "work" / "protected", start.model
+    base, weights = root / "unprotected", root / "work" / "protected"
     with watch("pretrain"):
-        if base.exists():
-            model = load_model(str(base), config.head_name, config.encoder_name)
-        elif start.learning_rate is not None:
-            pretrain(
-                model, authorized["train"], str(root / "work"), recipe.pretrain_steps, start.learning_rate,
-                transform=augment, seed=recipe.pretrain_seed, use_cpu=config.use_cpu,
-            )  # fmt: skip
-    if config.head_name or config.encoder_name:  # attackers have to find them too
-        model.config.ntp = {"head_name": config.head_name, "encoder_name": config.encoder_name}
-    if first and not base.exists():
-        save(base, model, start.processor)
+        if not base.exists():
+            if rate is not None:
+                pretrain(
+                    model, authorized["train"], str(root / "work"), recipe.pretrain_steps, rate,
+                    transform=augment, seed=recipe.pretrain_seed, use_cpu=config.use_cpu,
+                )  # fmt: skip
+            if config.head_name or config.encoder_name:  # attackers have to find them too
+                model.config.ntp = {"head_name": config.head_name, "encoder_name": config.encoder_name}
+            if first:
+                save(base, model, processor)
     wait_for_everyone()
 
     config.output_dir = str(root / "work")
+    # A run that is continued begins with the saved model, so this one does, too.
+    model = load_model(str(base), config.head_name, config.encoder_name)
     trainer = hf_ntp.NTPTrainer(
         model,
         config,
         authorized["train"],
         {Path(recipe.target_dataset).name: unauthorized["owner"]},
         eval_dataset=authorized["validation"],
-        processing_class=start.processor,
+        processing_class=processor,
         source_transform=augment,
     )
     with watch("protect"):
         if not weights.exists():
             trainer.train(get_last_checkpoint(config.output_dir) if Path(config.output_dir).exists() else None)
             if first:
-                save(weights, trainer.model, start.processor)
+                save(weights, trainer.model, processor)
     wait_for_everyone()
     if not first:
         return {}
@@ -290,7 +291,7 @@ def run(
     name = recipe.model_name_or_path
     origin = {
         "name": None if name is None or Path(name).exists() else name,
-        "revision": start.revision,
+        "revision": commit,
         "weights": weight_digests(base),
     }
     with whole_folder(root / "protected") as folder:
