@@ -17,6 +17,8 @@ from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_ntp.interruption import unwind_on_sigterm
+
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, and the launch lines as they are written."""
@@ -149,4 +151,5 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    unwind_on_sigterm()
     main(sys.argv[1:])

@@ -1,11 +1,15 @@
 """Processes that are killed at a chosen moment, and jobs for them; see test_survival.py."""
 
+import ctypes
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,12 +18,15 @@ from transformers import TrainerCallback
 
 from hf_ntp import AttackData, FineTuneProtocol, sample_wise_learning_curves
 from hf_ntp.evaluation.arms import Arm
+from hf_ntp.evaluation.cache import ResultCache
 from hf_ntp.publishing.hub import push_folder
-from hf_ntp.run_folder import whole_folder
+from hf_ntp.publishing.record import write_record
+from hf_ntp.run_folder import claim_run_folder, whole_folder
 
 from .conftest import tiny_vit
 from .evaluation.conftest import pixels
 from .hub_server import OWNER
+from .publishing.folders import make_folder, minimal_record
 from .training.test_trainer import trainer
 
 # What Python tells of its dealings with files; each is a moment at which a process may die.
@@ -42,8 +49,8 @@ def _at_file_event(folder, at):
     return count
 
 
-def run(job, folder, at=None, seconds=None):
-    """Body of a process: do a job in a folder, die at a file event or after some seconds."""
+def run(job, folder, at=None, seconds=None, **options):
+    """Body of a process: do a job in a folder, perhaps die at a file event or after some seconds."""
     torch.set_num_threads(1)
     said = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1)
@@ -53,7 +60,7 @@ def run(job, folder, at=None, seconds=None):
         timer = threading.Timer(seconds, _die)
         timer.daemon = True
         timer.start()
-    JOBS[job](Path(folder))
+    JOBS[job](Path(folder), **options)
     Path(f"{folder}.events").write_text(str(next(count) - 1))
 
 
@@ -110,4 +117,82 @@ def push(folder):
     push_folder(folder / "model", "org/model", token=OWNER)
 
 
-JOBS = {job.__name__: job for job in (protect, terminated, interrupted, sweep, push)}
+_libc = ctypes.CDLL(None, use_errno=True)
+_NEW_NAMESPACE, _PRIVATE, _READ_ONLY, _REMOUNT = 0x20000, 0x44000, 1, 32
+NO_DISK = 77
+
+
+def _mount(folder, flags=0, size=None):
+    options = None if size is None else f"size={size}k".encode()
+    return _libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", flags, options) == 0
+
+
+def small_disk(folder, size):
+    """Put a disk of so many KiB at a folder, which only this process sees; leave where this may not be done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    alone = _libc.unshare(_NEW_NAMESPACE) == 0 and _libc.mount(None, b"/", None, _PRIVATE, None) == 0
+    if not (alone and _mount(folder, size=size)):
+        os._exit(NO_DISK)
+
+
+def on_small_disk(folder, doing, size):
+    """Do a job on a disk that is too small, then on one that is not; tell what was said and what was there."""
+    small_disk(folder, size)
+    said = ""
+    try:
+        JOBS[doing](folder)
+    except OSError as error:
+        said = f"{type(error).__name__} {error}"
+    shutil.copytree(folder, f"{folder}.failed")
+    assert _mount(folder, _REMOUNT, 1 << 16)
+    JOBS[doing](folder)
+    shutil.copytree(folder, f"{folder}.ended")
+    Path(f"{folder}.said").write_text(said)
+
+
+def _attempts(disk):
+    """Things that write to a disk, by name."""
+    ours = trainer(disk / "run", max_steps=2)
+    ours.train()
+    tempfile.tempdir = str(disk)
+    make_folder(disk / "model")
+    return {
+        "model": lambda: whole_copy(ours, disk / "saved"),
+        "record": lambda: write_record(disk / "model", minimal_record()),
+        "cache": lambda: ResultCache(disk / "fits").put("key", {"test": 0.5}),
+        "claim": lambda: claim_run_folder(disk / "another", {"rho": 1}),
+        "push": lambda: ours.push_to_hub(),
+    }
+
+
+def whole_copy(ours, folder):
+    with whole_folder(folder) as staged:
+        ours.save_model(str(staged))
+
+
+def writers(folder):
+    """Write all kinds of things to a disk that is full, and to one that is read-only; tell what was said."""
+    disk, found = folder / "disk", {}
+    small_disk(disk, 4096)
+    attempts = _attempts(disk)
+    before = {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
+    with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
+        while True:
+            ballast.write(b"0" * 4096)
+    for state in ("full", "read-only"):
+        if state == "read-only":
+            del attempts["push"]  # Python finds no place for a temporary folder and says so
+        for name, attempt in attempts.items():
+            try:
+                attempt()
+                found[f"{name} {state}"] = "nothing"
+            except Exception as error:
+                found[f"{name} {state}"] = f"{type(error).__name__} {error}"
+        if state == "full":
+            (disk / "ballast").unlink()
+            assert _mount(disk, _REMOUNT | _READ_ONLY)
+        assert {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()} == before
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+JOBS = {job.__name__: job for job in (protect, terminated, interrupted, sweep, push, on_small_disk, writers)}

@@ -3,15 +3,23 @@
 import json
 import multiprocessing
 import random
+import re
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from . import survival
 from .hub_server import HubServer
 from .publishing.folders import make_folder
+
+ROOT = Path(__file__).parents[1]
 
 # Forks of a process that has imported everything: importing takes longer than these jobs.
 _fresh = multiprocessing.get_context("forkserver")
@@ -19,8 +27,6 @@ _fresh.set_forkserver_preload(["tests.survival"])
 
 
 def start(job, folder, **death):
-    from . import survival
-
     process = _fresh.Process(target=survival.run, args=(job, str(folder)), kwargs=death, daemon=True)
     process.start()
     return process
@@ -35,11 +41,6 @@ def finish(job, folder, **death):
 
 def said(folder):
     return Path(f"{folder}.log").read_text()[-3000:]
-
-
-def events(folder):
-    """Number of file events of the last whole run in a folder."""
-    return int(Path(f"{folder}.events").read_text())
 
 
 def without_times(log):
@@ -89,18 +90,32 @@ def whole(tmp_path_factory):
     return get
 
 
-def killed_and_continued(job, folder, deaths):
-    """Kill a job at every one of these moments, then let it end; the result must be that of the whole one."""
-    for death in deaths:
-        assert finish(job, folder, **death) in (-signal.SIGKILL, 0)
+def survives(job, reference, folder, kills, moments):
+    """Kill a job so many times at these moments; whenever it has ended, the result must be that of the whole one."""
+    killed = 0
+    while killed < kills:
+        status = finish(job, folder, **next(moments))
+        assert status in (-signal.SIGKILL, 0), said(folder)
+        killed += status != 0
+        if status == 0:
+            CHECKS[job](reference, folder)
+            shutil.rmtree(folder)
     assert finish(job, folder) == 0, said(folder)
-    return folder
+    CHECKS[job](reference, folder)
 
 
-def kills(count, seed, last):
-    """As many file events, at random: those of early ones die in the first save, those of late ones in the last."""
+def at_file_events(seed, folder):
+    """Moments at random among the file events of a whole run, which are denser while something is saved."""
+    draw, last = random.Random(seed), int(Path(f"{folder}.events").read_text())
+    while True:
+        yield {"at": draw.randint(1, last)}
+
+
+def at_any_time(seed):
+    """By the clock, so that a death may come amid a computation or amid a file."""
     draw = random.Random(seed)
-    return [{"at": draw.randint(1, last)} for _ in range(count)]
+    while True:
+        yield {"seconds": draw.uniform(0.05, 1.5)}
 
 
 def check_protect(reference, folder):
@@ -119,29 +134,25 @@ def check_sweep(reference, folder):
 CHECKS = {"protect": check_protect, "sweep": check_sweep}
 
 
-@pytest.mark.parametrize(("job", "count"), [("protect", 2), ("sweep", 1)])
-def test_killed_runs_end_as_uninterrupted_ones(whole, tmp_path, job, count):
+@pytest.mark.parametrize(("job", "kills"), [("protect", 2), ("sweep", 1)])
+def test_killed_runs_end_as_uninterrupted_ones(whole, tmp_path, job, kills):
     reference = whole(job)
-    CHECKS[job](reference, killed_and_continued(job, tmp_path / "run", kills(count, 0, events(reference))))
+    survives(job, reference, tmp_path / "run", kills, at_file_events(0, reference))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 6))
-@pytest.mark.parametrize(("job", "count"), [("protect", 6), ("sweep", 3)])
-def test_runs_killed_at_file_events(whole, tmp_path, job, count, seed):
+@pytest.mark.parametrize(("job", "kills"), [("protect", 6), ("sweep", 3)])
+def test_runs_killed_at_file_events(whole, tmp_path, job, kills, seed):
     reference = whole(job)
-    CHECKS[job](reference, killed_and_continued(job, tmp_path / "run", kills(count, seed, events(reference))))
+    survives(job, reference, tmp_path / "run", kills, at_file_events(seed, reference))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("job", CHECKS)
 def test_runs_killed_at_any_time(whole, tmp_path, job, seed):
-    """By the clock rather than by an event, so that a death may come amid a computation or amid a file."""
-    reference = whole(job)
-    draw = random.Random(seed)
-    deaths = [{"seconds": draw.uniform(0.05, 1.5)} for _ in range(4)]
-    CHECKS[job](reference, killed_and_continued(job, tmp_path / "run", deaths))
+    survives(job, whole(job), tmp_path / "run", 4, at_any_time(seed))
 
 
 @pytest.mark.slow
@@ -179,3 +190,104 @@ def test_signals_save_and_stop(whole, tmp_path, job, status, step):
     assert not (folder / "weights").exists()
     assert finish("protect", folder) == 0, said(folder)
     check_protect(reference, folder)
+
+
+def survives_a_full_disk(job, reference, folder, size):
+    status = finish("on_small_disk", folder, doing=job, size=size)
+    if status == survival.NO_DISK:
+        pytest.skip("needs the right to mount a small disk")
+    assert status == 0, said(folder)
+    failed, message = Path(f"{folder}.failed"), Path(f"{folder}.said").read_text()
+    assert re.match(r"NotWrittenError.* was not written: No space left on device; needed: more room \(0\.", message)
+    assert not list(failed.rglob("*unfinished*")), "what cannot be finished takes no room"
+    for checkpoint in failed.glob("work/checkpoint-*"):
+        assert {path.name for path in checkpoint.iterdir()} == {
+            path.name for path in (reference / "work" / "checkpoint-10").iterdir()
+        }
+    CHECKS[job](reference, Path(f"{folder}.ended"))
+
+
+def test_a_full_disk(whole, tmp_path):
+    survives_a_full_disk("protect", whole("protect"), tmp_path / "run", 900)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", range(40, 1400, 120))
+def test_disks_that_are_full_at_any_point(whole, tmp_path, size):
+    survives_a_full_disk("protect", whole("protect"), tmp_path / "run", size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [20, 40, 60, 72])
+def test_a_sweep_on_a_full_disk(whole, tmp_path, size):
+    survives_a_full_disk("sweep", whole("sweep"), tmp_path / "run", size)
+
+
+def test_all_that_writes_says_why_it_cannot(tmp_path):
+    if finish("writers", tmp_path) == survival.NO_DISK:
+        pytest.skip("needs the right to mount a small disk")
+    found = json.loads((tmp_path / "found.json").read_text())
+    for what, message in found.items():
+        full = (
+            "No space left on device; needed: more room" if "full" in what else "Read-only file system; needed: a fo"
+        )
+        assert message.startswith("NotWrittenError"), (what, message)
+        assert full in message, (what, message)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += ["-m", "tests.training.ddp_interrupted"]
+    ranks = {}
+    for folder, how in (("a", "whole"), ("b", "interrupted"), ("b", "resumed")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        done = subprocess.run([*launch, str(tmp_path / folder), how], cwd=ROOT, capture_output=True, timeout=200)
+        assert (done.returncode == 0) == (how != "interrupted"), done.stderr[-3000:]
+        ranks[how] = [torch.load(tmp_path / folder / f"{how}{rank}.pt") for rank in (0, 1)]
+    assert {step for step, _ in ranks["interrupted"]} == {4}, "the step after the one that got it"
+    assert (tmp_path / "b" / "run" / "checkpoint-4" / "ntp_state.safetensors").exists()
+    for (step, resumed), (last, whole) in zip(ranks["resumed"], ranks["whole"], strict=True):
+        assert step == last
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+QUICK = (
+    "--max_steps 20 --pretrain_steps 10 --save_steps 10 --attack_steps 22 --attack_seeds 0 1 --sample_sizes 10 20 "
+    "--attack_learning_rates 1e-3 --report_to none --disable_tqdm true --source_max_samples 300 --jobs 2"
+).split()
+
+
+@pytest.mark.slow
+def test_the_recipe_ended_by_signals_at_any_time(tmp_path):
+    """Its command, ended at random moments of pretraining, protection and evaluation; the same result in the end."""
+
+    def launch(run):
+        command = [sys.executable, str(ROOT / "recipes" / "ntp_vit.py"), "--output_dir", str(run), *QUICK]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+    started = time.monotonic()
+    process = launch(tmp_path / "whole")
+    assert process.wait(600) == 0, process.stderr.read()
+    seconds, draw, killed = time.monotonic() - started, random.Random(0), 0
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT) * 3:
+        process = launch(tmp_path / "run")
+        try:
+            process.wait(draw.uniform(0.2, 0.9) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+            assert (
+                process.wait(100)
+                in ({signal.SIGTERM: {143, -15}, signal.SIGKILL: {-9}, signal.SIGINT: {1, 130, -2}})[number]
+            )
+            killed += 1
+    process = launch(tmp_path / "run")
+    assert process.wait(600) == 0, process.stderr.read()
+    assert killed >= 3
+    results = [json.loads((tmp_path / run / "protected" / "results.json").read_text()) for run in ("whole", "run")]
+    for result in results:
+        del result["seconds"]
+    assert results[0] == results[1]
+    for part in ("unprotected", "work/checkpoint-20", "work/protected"):
+        assert_same(tmp_path / "whole" / part, tmp_path / "run" / part)
+    assert not list((tmp_path / "run").rglob("*unfinished*"))

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 def parse_n_m(pattern: str) -> tuple[int, int] | None:
     """Return (n, m) for a pattern such as "2:4", and None for any other word."""
     n, colon, m = pattern.partition(":")
     return (int(n), int(m)) if colon and n.isdigit() and m.isdigit() else None
+
+
+def _weights(given: dict[str, float] | str | None, option: str) -> dict[str, float] | None:
+    """Read weights by domain from a dict or JSON, and check them."""
+    try:
+        weights = json.loads(given) if isinstance(given, str) else given
+        fine = weights is None or (weights and all(0 < value < math.inf for value in weights.values()))
+    except (AttributeError, TypeError, ValueError):
+        fine = False
+    if not fine:
+        raise ValueError(
+            f"{option} is {given!r}; needed: a positive number for each domain by name, as a dict or as JSON such as "
+            '\'{"a": 2, "b": 1}\'.'
+        )
+    return weights
 
 
 _OURS_OFF: dict[str, Any] = {
@@ -66,6 +82,16 @@ has the published weights too, which destroyed it on our small models.
 """
 
 
+_WORDS = {str: "text", int: "an integer", float: "a number", bool: "True or False"}
+
+
+def _fits(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind; an integer is a number too, and NaN is none."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, kind) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind) and value == value
+
+
 @dataclass
 class ProtectionArguments:
     """Options of Non-Transferable Pruning, next to those of `transformers.TrainingArguments`.
@@ -100,6 +126,19 @@ class ProtectionArguments:
     )
     pseudo_classes: int = field(
         default=20, metadata={"help": "Clusters that stand for classes where images have no labels, >= 2."}
+    )
+    source_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of several authorized domains in the batches by name, as a dict or JSON such as "
+            '\'{"a": 2, "b": 1}\'; default in proportion to their images.'
+        },
+    )
+    target_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The same for unauthorized domains: shares of the attackers and of the terms; default equal."
+        },
     )
     head_name: str | None = field(
         default=None, metadata={"help": "Dotted name of the classification head, where it cannot be found by rule."}
@@ -239,6 +278,7 @@ class ProtectionArguments:
         Raises:
             ValueError: With the value found, what is needed and how to fix it.
         """
+        self._check_types()
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity is {self.sparsity}; needed: a fraction of zeros in [0, 1), such as 0.7.")
         for name in ("rho", "l1_weight", "target_head_learning_rate"):
@@ -277,8 +317,23 @@ class ProtectionArguments:
                 f"pruning_begin is {self.pruning_begin} and pruning_end is {self.pruning_end}; needed: "
                 "0 <= pruning_begin < pruning_end <= 1, shares of all optimizer steps."
             )
+        self.source_weights = _weights(self.source_weights, "source_weights")
+        self.target_weights = _weights(self.target_weights, "target_weights")
         self._check_attackers()
         self._check_pattern()
+
+    def _check_types(self) -> None:
+        """In Python, anything can be passed."""
+        for name, hint in get_type_hints(ProtectionArguments).items():
+            value, kinds = getattr(self, name), get_args(hint)
+            if get_origin(hint) is list:
+                fits = isinstance(value, (list, tuple)) and all(_fits(item, kinds[0]) for item in value)
+                needed = f"a list, each of it {_WORDS[kinds[0]]}"
+            else:
+                fits = _fits(value, kinds[0] if kinds else hint) or (value is None and type(None) in kinds)
+                needed = _WORDS[kinds[0] if kinds else hint]
+            if not fits:
+                raise ValueError(f"{name} is {value!r}; needed: {needed}.")
 
     def _check_attackers(self) -> None:
         if self.attackers < 0:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,9 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from ..data import check_labels
 from ..interruption import KeptSignals
 from ..models import (
+    blocks_of,
     check_precision,
     find_head,
     frozen_batch_norm_statistics,
@@ -47,11 +47,12 @@ from ..models import (
     zero_fraction,
 )
 from ..run_folder import remove, writing
-from .attackers import AttackerPool
+from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
 from .checkpoint import check_settings, load_state, load_weights_strictly, save_state
 from .config import NTPConfig
 from .distributed import check_processes
+from .domains import Joined, check_task, classifies, shares_of, source_domain, target_domains
 from .guard import FeatureGuard, SourceGuard
 from .objective import TargetBatch, target_terms
 from .paired_data import (
@@ -59,8 +60,6 @@ from .paired_data import (
     PairedDataset,
     PairedSampler,
     Transform,
-    as_pixels,
-    check_images,
     collate,
     evaluation_data,
     labels_of,
@@ -68,7 +67,6 @@ from .paired_data import (
 )
 from .pruning import ADMMPruner, check_pattern
 from .pseudo_labels import with_clusters
-from .target_data import target_domains
 from .target_head import TargetHead
 from .terms import Reading, Terms, not_finite
 
@@ -78,12 +76,22 @@ logger = logging.getLogger(__name__)
 _STAGING = "_unfinished"
 
 
-def _spare_draws(args: NTPConfig, domains: int) -> int:
+def _spare_draws(args: NTPConfig, domains: Sequence[str], shares: Sequence[float] | None) -> int:
     """Target rows beside every source row that are the attackers': enough for ``attacker_batch_size`` each."""
     if not args.attacker_weight:
         return 0
-    images = math.ceil(args.attackers / domains) * args.attacker_batch_size
+    slots = slot_domains(domains, args.attackers, shares)[: args.attackers]
+    images = max((slots.count(name) for name in slots), default=0) * args.attacker_batch_size
     return math.ceil(images / (args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size))
+
+
+def _source_parts(source: Dataset, weights: Mapping[str, float] | str | None) -> list[tuple[int, float]]:
+    """Size and share of every authorized domain, where the user wants other shares than those of their images."""
+    if weights is None:
+        return []
+    parts = source.parts if isinstance(source, Joined) else {"train_dataset": source}
+    shares = shares_of(weights, list(parts), "source_weights")
+    return [(length_of(part), share) for part, share in zip(parts.values(), shares or [], strict=True)]
 
 
 def _digest(weights: Iterable[Tensor]) -> str:
@@ -113,13 +121,14 @@ class NTPTrainer(Trainer):
             ``model`` is then an :class:`~hf_ntp.models.EncoderWithHead` around it, which saves as the plain encoder.
         args: Configuration.
         train_dataset: Authorized (source) data: a `datasets.Dataset` with images and labels, or any map-style dataset
-            of "pixel_values" and "labels". Labels are not needed where features are kept (``source_loss``).
+            of "pixel_values" and "labels". Labels are not needed where features are kept (``source_loss``). Several
+            domains come by name; they share the head, so that their classes are the same.
         target_dataset: Unauthorized (target) data, one dataset or several by domain name. Its label set is its own.
             Labels are not looked at with ``target_access="unlabelled"``; None with ``target_access="none"``.
         eval_dataset: Authorized data for evaluation, as Trainer takes it; without a head, the loss is the distance of
             the features from the original's.
         processing_class: Image processor (PIL backend); needed where a dataset holds images.
-        compute_metrics: As in Trainer; accuracy by default, and nothing without a head.
+        compute_metrics: As in Trainer; accuracy by default, and nothing without a head of classes.
         callbacks: As in Trainer.
         source_transform: Augmentation of authorized training batches: takes pixel values [N, 3, H, W] and a numpy
             Generator, its only source of randomness, and returns the same shape.
@@ -138,7 +147,7 @@ class NTPTrainer(Trainer):
         self,
         model: PreTrainedModel | str,
         args: NTPConfig,
-        train_dataset: ImageData,
+        train_dataset: ImageData | Mapping[str, ImageData],
         target_dataset: ImageData | Mapping[str, ImageData] | None = None,
         eval_dataset: ImageData | dict[str, ImageData] | None = None,
         processing_class: BaseImageProcessor | None = None,
@@ -158,11 +167,10 @@ class NTPTrainer(Trainer):
                 "train with labels, load the checkpoint with AutoModelForImageClassification and train its head first."
             )
         head_name, head = find_head(network, args.head_name)
-        source = as_pixels(train_dataset, processing_class, "train_dataset", labelled=not self._matches_features)
-        if self._matches_features:
-            check_images(source, "train_dataset")
-        else:
-            check_labels(labels_of(source, "train_dataset"), head.out_features, "train_dataset")
+        has_classes = not self._headless and classifies(network, head)
+        if not self._matches_features:
+            check_task(network, head)
+        source = source_domain(train_dataset, processing_class, None if self._matches_features else head.out_features)
         seed = args.seed if args.data_seed is None else args.data_seed
         targets = target_domains(
             target_dataset,
@@ -183,13 +191,17 @@ class NTPTrainer(Trainer):
         compared = any((args.target_weight, args.fisher_weight, args.collapse_weight))
         paired = PairedDataset(source, targets, source_transform, seed, compared)
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
+        self._check_fit(network, args, len(paired))
+        shares = shares_of(args.target_weights, list(targets), "target_weights")
+        self._target_shares = shares or [1 / len(targets)] * len(targets)
         self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
         check_pattern(self.prunable, args.prune_pattern)
         self.paired_sampler = PairedSampler(
             len(paired),
             [len(labels) for labels in self.target_labels.values()],
             paired.seed,
-            1 + _spare_draws(args, len(targets)),
+            1 + _spare_draws(args, list(targets), shares),
+            _source_parts(source, args.source_weights),
         )
         super().__init__(
             model=network,
@@ -198,7 +210,7 @@ class NTPTrainer(Trainer):
             train_dataset=paired,
             eval_dataset=evaluation_data(eval_dataset, processing_class, labelled=not self._headless),
             processing_class=processing_class,
-            compute_metrics=None if self._headless and compute_metrics is accuracy else compute_metrics,
+            compute_metrics=compute_metrics if has_classes or compute_metrics is not accuracy else None,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -243,6 +255,18 @@ class NTPTrainer(Trainer):
         self._leaving = self._ended = self._staging = False
         self.add_callback(PruningCallback(self))
 
+    @staticmethod
+    def _check_fit(network: PreTrainedModel, args: NTPConfig, rows: int) -> None:
+        """Raise ``ValueError`` for what would only fail amid training."""
+        if args.attackers and args.attacker_weight and args.attacker_informed:
+            blocks_of(network)
+        last = 0 if args.dataloader_drop_last or args.world_size > 1 else rows % args.train_batch_size
+        if has_batch_norm(network) and 1 in (args.per_device_train_batch_size, last):
+            raise ValueError(
+                f"{rows} rows in batches of {args.per_device_train_batch_size} make a batch of one image; needed: at "
+                "least two, or BatchNorm has nothing to average. Set dataloader_drop_last=True or another batch size."
+            )
+
     # Objective
 
     def compute_loss(
@@ -260,7 +284,7 @@ class NTPTrainer(Trainer):
         logits, features, tokens, targets = self._forward(model, inputs)
         loss, terms = self._source_terms(inputs, logits, features)
         if targets:
-            target_loss, of_targets = target_terms(targets, tokens, self.heads, self.args)
+            target_loss, of_targets = target_terms(targets, tokens, self.heads, self.args, self._target_shares)
             terms |= of_targets
             loss = loss + self._strength() * target_loss
         self._terms.add({"loss": loss, **terms})
@@ -396,7 +420,7 @@ class NTPTrainer(Trainer):
         with torch.no_grad():
             # A mask makes -0.0 of negative weights: the same number, but no zero bits to leave out where it is stored.
             torch._foreach_add_(list(self.prunable.values()), 0.0)
-        self._check_reading(self._terms.read())
+        self._heed(self._terms.read())
         self._check_state()
         self.model.config.ntp = {
             "method": "non-transferable-pruning",
@@ -416,11 +440,11 @@ class NTPTrainer(Trainer):
         Raises:
             ValueError: If ``output_dir`` holds checkpoints of another run, or the one to resume is of another run.
         """
-        output_dir = str(self.args.output_dir)
-        if not resume_from_checkpoint and os.path.isdir(output_dir) and (last := get_last_checkpoint(output_dir)):
+        if not resume_from_checkpoint and (last := self._last_checkpoint()):
             raise ValueError(
-                f"{output_dir} holds checkpoints of another run ({os.path.basename(last)}); needed: a folder without "
-                "any. Choose another output_dir, delete them, or continue that run with resume_from_checkpoint=True."
+                f"{self.args.output_dir} holds checkpoints of another run ({os.path.basename(last)}); needed: a "
+                "folder without any. Choose another output_dir, delete them, or continue that run with "
+                "resume_from_checkpoint=True."
             )
         for head in self.heads.values():
             head.to(self.args.device)
@@ -429,7 +453,13 @@ class NTPTrainer(Trainer):
         )
         if self.args.attackers and self.args.attacker_weight:
             self._pool = AttackerPool(
-                self.model, self._head_name, self._head, self.target_labels, self.args, self.args.seed
+                self.model,
+                self._head_name,
+                self._head,
+                self.target_labels,
+                self.args,
+                self.args.seed,
+                self._target_shares,
             )
         self._pruning_log, self._terms = {"sparsity": torch.zeros(())}, self._new_terms()
         self._attacked, self._leaving, self._ended = {}, False, False
@@ -457,7 +487,7 @@ class NTPTrainer(Trainer):
         The loss is the mean over the same steps; Trainer's leaves out what came before a resumed checkpoint.
         """
         if "loss" in logs:
-            self._check_reading(self._terms.read())
+            self._heed(self._terms.read())
             logs |= {**self._terms.means(), **{name: float(value) for name, value in self._pruning_log.items()}}
         super().log(logs, start_time)
 
@@ -470,9 +500,8 @@ class NTPTrainer(Trainer):
             FloatingPointError: If a term was not finite.
         """
         asked = self._signals.number is not None
-        reading = self._terms.close_step(self.state.global_step, self._pruning_log, asked)
-        self._check_reading(reading)
-        self._leaving = (asked and self.args.world_size == 1) or (reading is not None and reading.ending)
+        self._heed(self._terms.close_step(self.state.global_step, self._pruning_log, asked))
+        self._leaving |= asked and self.args.world_size == 1
         return self._leaving
 
     def leave(self) -> None:
@@ -483,8 +512,11 @@ class NTPTrainer(Trainer):
             )
             self._signals.deliver()
 
-    def _check_reading(self, reading: Reading | None) -> None:
-        if reading is not None and reading.broken:
+    def _heed(self, reading: Reading | None) -> None:
+        if reading is None:
+            return
+        self._leaving |= reading.ending
+        if reading.broken:
             raise self._broken(f"{', '.join(reading.broken)} stopped being finite at step {reading.step}")
 
     def _check_state(self) -> None:
@@ -499,8 +531,7 @@ class NTPTrainer(Trainer):
             raise self._broken(f"{', '.join(broken)} hold values that are not finite at step {self.state.global_step}")
 
     def _broken(self, found: str) -> FloatingPointError:
-        output_dir = str(self.args.output_dir)
-        last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+        last = self._last_checkpoint()
         kept = f"The last good checkpoint is {last}" if last else "No checkpoint has been written yet"
         return FloatingPointError(
             f"{found}; needed: a stable run. {kept}; the same settings would end the same way again. Start anew in "
@@ -547,7 +578,8 @@ class NTPTrainer(Trainer):
             return None
         repo_id = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
         with TemporaryDirectory() as folder:
-            write_folder(self, folder, repo_id, **about)
+            with writing(Path(folder)):
+                write_folder(self, folder, repo_id, **about)
             return push_folder(
                 folder,
                 repo_id,
@@ -558,6 +590,10 @@ class NTPTrainer(Trainer):
             )
 
     # Checkpoints
+
+    def _last_checkpoint(self) -> str | None:
+        output_dir = str(self.args.output_dir)
+        return get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on: configuration, data and architecture."""
@@ -592,7 +628,7 @@ class NTPTrainer(Trainer):
             FloatingPointError: Instead of writing one that is not finite.
             OSError: If it cannot be written; what was half-written is removed.
         """
-        self._check_reading(self._terms.read())
+        self._heed(self._terms.read())
         self._check_state()
         final = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         staging = final.parent / _STAGING
@@ -626,12 +662,11 @@ class NTPTrainer(Trainer):
         if final.exists():  # aside as a whole: deleted piece by piece, it could be taken for a checkpoint
             final.replace(staged.parent / "replaced")
         staged.replace(final)
-        rotate_checkpoints(
-            output_dir=str(final.parent),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        self._rotate(final.parent)
+
+    def _rotate(self, folder: Path) -> None:
+        """Delete the oldest checkpoints, by number: deleting half of one makes it look new."""
+        rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_settings(Path(resume_from_checkpoint), self.settings())
@@ -642,6 +677,9 @@ class NTPTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            last = self._last_checkpoint()
+            if self.args.should_save and last is not None and os.path.samefile(last, checkpoint):
+                self._rotate(Path(last).parent)  # a process that is dead may not have got to it
             device = self.args.device
             scalars = load_state(Path(checkpoint), self.pruner, self.heads, self._pool)
             self._guard.excess = torch.tensor(scalars["source_excess"], device=device)
