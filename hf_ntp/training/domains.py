@@ -72,7 +72,7 @@ def source_domain(
         raise ValueError(f"{SOURCE} is an empty mapping; needed: at least one authorized domain by name.")
     parts = {name: _checked(part, f"{SOURCE} {name!r}", image_processor, num_classes) for name, part in data.items()}
     if num_classes is not None:
-        _check_same_classes(parts)
+        check_same_classes(parts)
     return Joined(parts, labelled=num_classes is not None)
 
 
@@ -87,8 +87,12 @@ def _checked(
     return pixels
 
 
-def _check_same_classes(parts: Mapping[str, Dataset]) -> None:
-    """Domains that share a head have to mean the same by a label; where classes have names, these tell."""
+def check_same_classes(parts: Mapping[str, Dataset]) -> None:
+    """Check that domains which share a head mean the same by a label, where names of their classes tell.
+
+    Raises:
+        ValueError: If they do not.
+    """
     names = {name: classes for name, part in parts.items() if (classes := getattr(part, "class_names", None))}
     if len({tuple(classes) for classes in names.values()}) > 1:
         found = "; ".join(f"{name}: {', '.join(classes[:6])} ({len(classes)})" for name, classes in names.items())
