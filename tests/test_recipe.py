@@ -172,9 +172,32 @@ def test_your_own_model_and_folders_of_images(recipe, tmp_path):
     assert str(tmp_path) not in (tmp_path / "run" / "protected" / "authorization.json").read_text()
 
 
+def test_several_domains_a_third_and_no_access(recipe, tmp_path):
+    """All kinds of domains in one run, through the command line."""
+    results = recipe.main(
+        [
+            "--source_dataset", "mnist", "optdigits", "--source_weights", '{"mnist": 2, "optdigits": 1}',
+            "--target_dataset", "syn", "mnistm", "--third_dataset", "optdigits", "--target_access", "none",
+            "--output_dir", str(tmp_path / "run"), *QUICK, "--attack_seeds", "0", "--max_steps", "4",
+            "--save_strategy", "no", "--target_max_samples", "300",
+        ]
+    )  # fmt: skip
+    assert results["target"] == {"domain": "syn", "dataset": "syn", "access": "none"}
+    assert results["other_targets"][0]["target"]["domain"] == "mnistm"
+    assert results["third"]["target"]["domain"] == "optdigits"
+    record = read_record(tmp_path / "run" / "protected")
+    assert [found["domain"] for found in record["source_accuracy"]["domains"]] == ["mnist", "optdigits"]
+    assert [found["domain"] for found in record["evidence"]] == ["syn", "mnistm"]
+    assert set(record["unauthorized_domains"][0]["fingerprint"]) == {"attacker", "validation", "test"}
+    assert record["method"]["settings"]["target_access"] == "none"
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        (["--source_dataset", "mnist", "mnist"], ValueError, "domains with names of their own"),
+        (["--third_dataset", "nothing/here"], (ConnectionError, FileNotFoundError), "nothing/here"),
+        (["--target_weights", "optdigits"], ValueError, "target_weights is 'optdigits'"),
         (["--sample_sizes", "10", "100000"], ValueError, "sample_sizes"),
         (["--sample_sizes", "20", "10"], ValueError, "strictly increasing"),
         (["--sample_sizes", "10"], ValueError, "at least two positive sizes"),

@@ -8,7 +8,8 @@ from .digits import mnist, optdigits
 from .domains import EMBEDDED_DOMAINS, load_domain
 from .images import PixelDataset, preprocess, to_rgb
 from .neighbourhood import Neighbourhood
-from .reference import DomainReference
+from .reference import DomainReference, domain_name
+from .rows import fetch_rows
 from .splits import nested_subsets, split_owner_attacker, stratified_pieces
 from .synthetic import mnistm, syn
 
@@ -22,6 +23,8 @@ __all__ = [
     "check_labels",
     "check_target",
     "dataset_fingerprint",
+    "domain_name",
+    "fetch_rows",
     "find_columns",
     "load_domain",
     "mnist",

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
+from .rows import fetch_rows
+
 _RANGE_ROWS = 256
 
 
@@ -123,7 +125,8 @@ class Neighbourhood(Dataset):
         self.seed = seed
         self.fingerprint = f"neighbourhood of {getattr(data, 'fingerprint', f'{len(self)} rows')}"
         # Pixels are normalised in ways that only their processor knows: ranges come from some of the images.
-        some = torch.stack([torch.as_tensor(self.data[i]["pixel_values"]) for i in range(min(_RANGE_ROWS, len(self)))])
+        rows = fetch_rows(data, range(min(_RANGE_ROWS, len(self))))
+        some = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
         self._low, high = (find(some.transpose(0, 1).flatten(1), 1).view(3, 1, 1) for find in (torch.amin, torch.amax))
         self._span = (high - self._low).clamp_min(1e-6)
 
@@ -140,8 +143,7 @@ class Neighbourhood(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Return several changed rows at once."""
-        fetch = getattr(self.data, "__getitems__", None)
-        rows = fetch(indices) if fetch else [self.data[index] for index in indices]
+        rows = fetch_rows(self.data, indices)
         images = (default_collate([row["pixel_values"] for row in rows]) - self._low) / self._span
         rng = np.random.default_rng([self.seed, *(int(index) for index in indices)])
         changed = surroundings(images.clamp(0, 1), rng) * self._span + self._low

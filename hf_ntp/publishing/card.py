@@ -63,8 +63,11 @@ def card_data(record: Mapping[str, Any], name: str) -> ModelCardData:
     accuracy = record["source_accuracy"]
     if accuracy is not None:
         label = f"{_MEASURES[accuracy['measure']].capitalize()} (authorized)"
+        authorized = {domain["name"]: domain for domain in record["authorized_domains"]}
+        single = [{"domain": record["authorized_domains"][0]["name"], "after": accuracy["after"]}]
         evaluations += [
-            _result(domain, "accuracy", label, accuracy["after"]) for domain in record["authorized_domains"][:1]
+            _result(authorized[found["domain"]], "accuracy", label, found["after"])
+            for found in accuracy.get("domains", single)
         ]
     domains = {domain["name"]: domain for domain in record["unauthorized_domains"]}
     for measurement in record["evidence"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -12,6 +13,21 @@ def parse_n_m(pattern: str) -> tuple[int, int] | None:
     """Return (n, m) for a pattern such as "2:4", and None for any other word."""
     n, colon, m = pattern.partition(":")
     return (int(n), int(m)) if colon and n.isdigit() and m.isdigit() else None
+
+
+def _weights(given: dict[str, float] | str | None, option: str) -> dict[str, float] | None:
+    """Read weights by domain from a dict or JSON, and check them."""
+    try:
+        weights = json.loads(given) if isinstance(given, str) else given
+        fine = weights is None or (weights and all(0 < value < math.inf for value in weights.values()))
+    except (AttributeError, TypeError, ValueError):
+        fine = False
+    if not fine:
+        raise ValueError(
+            f"{option} is {given!r}; needed: a positive number for each domain by name, as a dict or as JSON such as "
+            '\'{"a": 2, "b": 1}\'.'
+        )
+    return weights
 
 
 _OURS_OFF: dict[str, Any] = {
@@ -112,6 +128,19 @@ class ProtectionArguments:
     pseudo_classes: int = field(
         default=20, metadata={"help": "Clusters that stand for classes where images have no labels, >= 2."}
     )
+    source_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of several authorized domains in the batches by name, as a dict or JSON such as "
+            '\'{"a": 2, "b": 1}\'; default in proportion to their images.'
+        },
+    )
+    target_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The same for unauthorized domains: shares of the attackers and of the terms; default equal."
+        },
+    )
     head_name: str | None = field(
         default=None, metadata={"help": "Dotted name of the classification head, where it cannot be found by rule."}
     )
@@ -165,7 +194,10 @@ class ProtectionArguments:
     )
     attacker_batch_size: int = field(
         default=16,
-        metadata={"help": "Target images of one attacker's step, at least; its own, beside those of the objective."},
+        metadata={
+            "help": "Target images of one attacker's step, at least, over all processes and accumulated batches; its "
+            "own, beside those of the objective."
+        },
     )
     attacker_weight: float = field(
         default=1.0,
@@ -286,6 +318,8 @@ class ProtectionArguments:
                 f"pruning_begin is {self.pruning_begin} and pruning_end is {self.pruning_end}; needed: "
                 "0 <= pruning_begin < pruning_end <= 1, shares of all optimizer steps."
             )
+        self.source_weights = _weights(self.source_weights, "source_weights")
+        self.target_weights = _weights(self.target_weights, "target_weights")
         self._check_attackers()
         self._check_pattern()
 

@@ -215,6 +215,21 @@ def _entropy(labels: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
+def slot_domains(names: Sequence[str], slots: int, shares: Sequence[float] | None = None) -> list[str]:
+    """Unauthorized domain that each slot attacks: one each, then whichever is furthest below its share.
+
+    Args:
+        names: Of the domains.
+        slots: Number of simulated attackers, at least one per domain.
+        shares: Of the domains; equal by default.
+    """
+    wanted = dict(zip(names, shares or [1.0] * len(names), strict=True))
+    domains = list(names)
+    while len(domains) < slots:
+        domains.append(min(names, key=lambda name: (domains.count(name) + 1) / wanted[name]))
+    return domains
+
+
 class AttackerPool:
     """Simulated attackers of all unauthorized domains, in slots; a slot belongs to one domain.
 
@@ -231,6 +246,7 @@ class AttackerPool:
         labels: Labels [N] of every unauthorized domain, by name.
         options: Options that begin with ``attacker``.
         seed: Seed of all plans; the same on every rank.
+        shares: Of the domains in the slots; equal by default.
     """
 
     def __init__(
@@ -241,6 +257,7 @@ class AttackerPool:
         labels: Mapping[str, np.ndarray],
         options: ProtectionArguments,
         seed: int,
+        shares: Sequence[float] | None = None,
     ) -> None:
         if options.attackers < len(labels):
             raise ValueError(
@@ -249,6 +266,7 @@ class AttackerPool:
             )
         self.model, self.head, self.options, self.seed = model, head, options, seed
         self.num_classes = {name: int(values.max()) + 1 for name, values in labels.items()}
+        self._domains = slot_domains(list(labels), options.attackers, shares)
         # Cross-entropy of somebody who knows how frequent the classes are and nothing else, in nats.
         self.chance = {name: _entropy(values) for name, values in labels.items()}
         self.weights = {
@@ -267,7 +285,7 @@ class AttackerPool:
 
     def domain(self, slot: int) -> str:
         """Name of the unauthorized domain that a slot attacks."""
-        return list(self.num_classes)[slot % len(self.num_classes)]
+        return self._domains[slot]
 
     def step(
         self,
@@ -318,9 +336,8 @@ class AttackerPool:
         if not total:  # the last batch of an epoch may be too small for all
             return None
         attacker = self._living(slot, masks)
-        images, labels = (
-            torch.cat([t[rows] for t, (rows, _) in zip(ts, own, strict=True)]) for ts in zip(*batches, strict=True)
-        )
+        parts = [(images[rows], labels[rows]) for (images, labels), (rows, _) in zip(batches, own, strict=True)]
+        images, labels = map(torch.cat, zip(*parts, strict=True))
         return slot, attacker, _summed(*self._gradients(attacker, images, labels, total, autocast))
 
     def _rows(self, slot: int, rows: int) -> tuple[slice, int]:
@@ -329,10 +346,9 @@ class AttackerPool:
         The attackers of a domain share the rows of all processes out among them, in order: which images an attacker
         gets does not depend on how many processes there are.
         """
-        state, domains = PartialState(), len(self.num_classes)
-        places = len(range(slot % domains, len(self.lives), domains))
+        state, domain = PartialState(), self._domains[slot]
+        places, place = self._domains.count(domain), self._domains[:slot].count(domain)
         size, longer = divmod(state.num_processes * rows, places)
-        place = slot // domains
         begin = place * size + min(place, longer)
         count = size + (place < longer)
         first = state.process_index * rows

@@ -103,6 +103,7 @@ def target_terms(
     source_tokens: Sequence[Tensor],
     heads: Mapping[str, TargetHead],
     options: ProtectionArguments,
+    shares: Sequence[float],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Refit the heads and compute what is added to the source loss, averaged over the unauthorized domains.
 
@@ -111,13 +112,14 @@ def target_terms(
         source_tokens: Output of every block on the source part, as in :attr:`TargetBatch.tokens`.
         heads: Simulated attacker's head by domain.
         options: Weights and kinds of the terms.
+        shares: Of the domains in the average; they sum to 1.
 
     Returns:
         The weighted sum to minimise and the single terms for the log (detached scalars).
     """
     log: dict[str, Tensor] = {}
     sums: list[Tensor] = []
-    for name, batch in batches.items():
+    for (name, batch), share in zip(batches.items(), shares, strict=True):
         suffix = f"_{name}" if len(batches) > 1 else ""
         head, labels = heads[name], gather(batch.labels)
         if options.target_weight:
@@ -125,13 +127,13 @@ def target_terms(
             head.refit(features, labels, options.target_head_steps)
             loss, attacker = non_transferable_loss(head(features), labels, options)
             log |= {f"target_loss{suffix}": attacker, f"non_transferable_loss{suffix}": loss.detach()}
-            sums.append(options.target_weight * loss)
+            sums.append(share * options.target_weight * loss)
         if options.fisher_weight:
             fisher = fisher_term(batch, labels, head.linear.out_features, options)
             log[f"fisher_loss{suffix}"] = fisher.detach()
-            sums.append(options.fisher_weight * fisher)
+            sums.append(share * options.fisher_weight * fisher)
         if options.collapse_weight:
             collapse = collapse_term(batch.tokens, source_tokens)
             log[f"collapse_loss{suffix}"] = collapse.detach()
-            sums.append(options.collapse_weight * collapse)
-    return torch.stack(sums).sum() / len(batches), log
+            sums.append(share * options.collapse_weight * collapse)
+    return torch.stack(sums).sum(), log

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, default_data_collator
 
+from ..data import fetch_rows
 from ..models import recorded_features
 from .paired_data import length_of
 
@@ -47,12 +48,8 @@ class Relabelled(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Return several rows at once."""
-        fetch = getattr(self.data, "__getitems__", None)
-        rows = fetch(indices) if fetch else [self.data[index] for index in indices]
-        return [
-            {"pixel_values": row["pixel_values"], "labels": int(self.labels[index])}
-            for row, index in zip(rows, indices, strict=True)
-        ]
+        rows = zip(fetch_rows(self.data, indices), self.labels[indices].tolist(), strict=True)
+        return [{"pixel_values": row["pixel_values"], "labels": label} for row, label in rows]
 
 
 def with_clusters(

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,6 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from ..data import check_labels
 from ..interruption import KeptSignals
 from ..models import (
     blocks_of,
@@ -48,10 +47,12 @@ from ..models import (
     zero_fraction,
 )
 from ..run_folder import remove, writing
-from .attackers import AttackerPool
+from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
 from .checkpoint import RunState, check_settings, load_state, load_weights_strictly, save_state
 from .config import NTPConfig
+from .distributed import check_processes
+from .domains import Joined, check_task, classifies, shares_of, source_domain, target_domains
 from .guard import FeatureGuard, SourceGuard
 from .objective import TargetBatch, target_terms
 from .paired_data import (
@@ -59,8 +60,6 @@ from .paired_data import (
     PairedDataset,
     PairedSampler,
     Transform,
-    as_pixels,
-    check_images,
     collate,
     evaluation_data,
     labels_of,
@@ -68,7 +67,6 @@ from .paired_data import (
 )
 from .pruning import ADMMPruner, check_pattern
 from .pseudo_labels import with_clusters
-from .target_data import target_domains
 from .target_head import TargetHead
 from .terms import Reading, Terms, not_finite
 
@@ -78,12 +76,22 @@ logger = logging.getLogger(__name__)
 _STAGING = "_unfinished"
 
 
-def _spare_draws(args: NTPConfig, domains: int) -> int:
+def _spare_draws(args: NTPConfig, domains: Sequence[str], shares: Sequence[float] | None) -> int:
     """Target rows beside every source row that are the attackers': enough for ``attacker_batch_size`` each."""
     if not args.attacker_weight:
         return 0
-    images = math.ceil(args.attackers / domains) * args.attacker_batch_size
+    slots = slot_domains(domains, args.attackers, shares)[: args.attackers]
+    images = max((slots.count(name) for name in slots), default=0) * args.attacker_batch_size
     return math.ceil(images / (args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size))
+
+
+def _source_parts(source: Dataset, weights: Mapping[str, float] | str | None) -> list[tuple[int, float]]:
+    """Size and share of every authorized domain, where the user wants other shares than those of their images."""
+    if weights is None:
+        return []
+    parts = source.parts if isinstance(source, Joined) else {"train_dataset": source}
+    shares = shares_of(weights, list(parts), "source_weights")
+    return [(length_of(part), share) for part, share in zip(parts.values(), shares or [], strict=True)]
 
 
 def _digest(weights: Iterable[Tensor]) -> str:
@@ -113,13 +121,14 @@ class NTPTrainer(Trainer):
             ``model`` is then an :class:`~hf_ntp.models.EncoderWithHead` around it, which saves as the plain encoder.
         args: Configuration.
         train_dataset: Authorized (source) data: a `datasets.Dataset` with images and labels, or any map-style dataset
-            of "pixel_values" and "labels". Labels are not needed where features are kept (``source_loss``).
+            of "pixel_values" and "labels". Labels are not needed where features are kept (``source_loss``). Several
+            domains come by name; they share the head, so that their classes are the same.
         target_dataset: Unauthorized (target) data, one dataset or several by domain name. Its label set is its own.
             Labels are not looked at with ``target_access="unlabelled"``; None with ``target_access="none"``.
         eval_dataset: Authorized data for evaluation, as Trainer takes it; without a head, the loss is the distance of
             the features from the original's.
         processing_class: Image processor (PIL backend); needed where a dataset holds images.
-        compute_metrics: As in Trainer; accuracy by default, and nothing without a head.
+        compute_metrics: As in Trainer; accuracy by default, and nothing without a head of classes.
         callbacks: As in Trainer.
         source_transform: Augmentation of authorized training batches: takes pixel values [N, 3, H, W] and a numpy
             Generator, its only source of randomness, and returns the same shape.
@@ -138,7 +147,7 @@ class NTPTrainer(Trainer):
         self,
         model: PreTrainedModel | str,
         args: NTPConfig,
-        train_dataset: ImageData,
+        train_dataset: ImageData | Mapping[str, ImageData],
         target_dataset: ImageData | Mapping[str, ImageData] | None = None,
         eval_dataset: ImageData | dict[str, ImageData] | None = None,
         processing_class: BaseImageProcessor | None = None,
@@ -158,11 +167,10 @@ class NTPTrainer(Trainer):
                 "train with labels, load the checkpoint with AutoModelForImageClassification and train its head first."
             )
         head_name, head = find_head(network, args.head_name)
-        source = as_pixels(train_dataset, processing_class, "train_dataset", labelled=not self._matches_features)
-        if self._matches_features:
-            check_images(source, "train_dataset")
-        else:
-            check_labels(labels_of(source, "train_dataset"), head.out_features, "train_dataset")
+        has_classes = not self._headless and classifies(network, head)
+        if not self._matches_features:
+            check_task(network, head)
+        source = source_domain(train_dataset, processing_class, None if self._matches_features else head.out_features)
         seed = args.seed if args.data_seed is None else args.data_seed
         targets = target_domains(
             target_dataset,
@@ -180,16 +188,20 @@ class NTPTrainer(Trainer):
             source_classes=not self._matches_features,
             seed=seed,
         )
-        paired = PairedDataset(source, targets, source_transform, seed)
+        compared = any((args.target_weight, args.fisher_weight, args.collapse_weight))
+        paired = PairedDataset(source, targets, source_transform, seed, compared)
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
         self._check_fit(network, args, len(paired))
+        shares = shares_of(args.target_weights, list(targets), "target_weights")
+        self._target_shares = shares or [1 / len(targets)] * len(targets)
         self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
         check_pattern(self.prunable, args.prune_pattern)
         self.paired_sampler = PairedSampler(
             len(paired),
             [len(labels) for labels in self.target_labels.values()],
             paired.seed,
-            1 + _spare_draws(args, len(targets)),
+            1 + _spare_draws(args, list(targets), shares),
+            _source_parts(source, args.source_weights),
         )
         super().__init__(
             model=network,
@@ -198,7 +210,7 @@ class NTPTrainer(Trainer):
             train_dataset=paired,
             eval_dataset=evaluation_data(eval_dataset, processing_class, labelled=not self._headless),
             processing_class=processing_class,
-            compute_metrics=None if self._headless and compute_metrics is accuracy else compute_metrics,
+            compute_metrics=compute_metrics if has_classes or compute_metrics is not accuracy else None,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -212,6 +224,7 @@ class NTPTrainer(Trainer):
                 f"{args.n_gpu} GPUs would be driven from one process (DataParallel), which splits batches out of "
                 "sight; needed: one process per GPU. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
             )
+        check_processes(args, self.accelerator.distributed_type, network)
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != args.world_size:
             raise ValueError(
@@ -231,6 +244,11 @@ class NTPTrainer(Trainer):
         self._original_weights = _digest(p for p in self.model.parameters() if p.requires_grad or not self._headless)
         self._attacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._batch_norm = has_batch_norm(network)
+        if self._batch_norm and args.gradient_checkpointing:
+            raise ValueError(
+                f"gradient_checkpointing is on and {type(network).__name__} has BatchNorm, whose statistics would see "
+                "the images a second time, those of the target among them; needed: False."
+            )
         self._pruning_log: dict[str, Tensor] = {}
         self._terms = self._new_terms()
         self._signals = KeptSignals()
@@ -266,7 +284,7 @@ class NTPTrainer(Trainer):
         logits, features, tokens, targets = self._forward(model, inputs)
         loss, terms = self._source_terms(inputs, logits, features)
         if targets:
-            target_loss, of_targets = target_terms(targets, tokens, self.heads, self.args)
+            target_loss, of_targets = target_terms(targets, tokens, self.heads, self.args, self._target_shares)
             terms |= of_targets
             loss = loss + self._strength() * target_loss
         self._terms.add({"loss": loss, **terms})
@@ -303,9 +321,7 @@ class NTPTrainer(Trainer):
 
         One pass, or one per domain with BatchNorm.
         """
-        # Without a term that looks at them, target images are the attackers' alone.
-        weights = (self.args.target_weight, self.args.fisher_weight, self.args.collapse_weight)
-        source, targets = inputs["pixel_values"], inputs["targets"] if any(weights) else {}
+        source, targets = inputs["pixel_values"], inputs["targets"]
         labels = {name: target["labels"] for name, target in targets.items()}
         if self._batch_norm:
             logits, (kept, *tokens) = self._encode(model, source)
@@ -345,8 +361,8 @@ class NTPTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._pool is None:
             return loss
-        attackers_images: dict[str, Any] = self._prepare_inputs(inputs["attacked"])
-        for name, target in attackers_images.items():
+        images: dict[str, Any] = self._prepare_inputs(inputs["attacked"])
+        for name, target in images.items():
             self._attacked.setdefault(name, []).append((target["pixel_values"], target["labels"]))
         if self.accelerator.sync_gradients:
             attacked, self._attacked = self._attacked, {}
@@ -437,7 +453,13 @@ class NTPTrainer(Trainer):
         )
         if self.args.attackers and self.args.attacker_weight:
             self._pool = AttackerPool(
-                self.model, self._head_name, self._head, self.target_labels, self.args, self.args.seed
+                self.model,
+                self._head_name,
+                self._head,
+                self.target_labels,
+                self.args,
+                self.args.seed,
+                self._target_shares,
             )
         self._pruning_log, self._terms = {"sparsity": torch.zeros(())}, self._new_terms()
         self._attacked, self._leaving, self._ended = {}, False, False
