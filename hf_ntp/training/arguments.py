@@ -323,6 +323,8 @@ class ProtectionArguments:
         """In Python, anything can be passed."""
         for name, hint in get_type_hints(ProtectionArguments).items():
             value, kinds = getattr(self, name), get_args(hint)
+            if str in kinds and len(kinds) > 2:  # weights by domain, which are checked where they are read
+                continue
             if get_origin(hint) is list:
                 fits = isinstance(value, (list, tuple)) and all(_fits(item, kinds[0]) for item in value)
                 needed = f"a list, each of it {_WORDS[kinds[0]]}"
