@@ -230,9 +230,11 @@ def run(
     check_sample_sizes(recipe.sample_sizes)
     check_seeds(recipe.attack_seeds)
     loaded = domains.load_all(recipe)
-    start = base_model(recipe, config, next(iter(loaded.source.values()))["train"].features["label"].names)
-    classes = config.source_loss != "features" and has_head(start.model, config.head_name)
-    pixels = domains.as_pixels(loaded, start.processor, same_classes=classes)
+    model, processor, rate, commit = base_model(
+        recipe, config, next(iter(loaded.source.values()))["train"].features["label"].names
+    )
+    classes = config.source_loss != "features" and has_head(model, config.head_name)
+    pixels = domains.as_pixels(loaded, processor, same_classes=classes)
     authorized = domains.part_of(pixels.source, "train")
     settings = {key: value for key, value in vars(recipe).items() if key not in _FREE} | config.fingerprint()
     root, first = Path(str(config.output_dir)), config.process_index == 0
@@ -243,36 +245,37 @@ def run(
         return show(root) if first else {}
     watch, augment = Stopwatch(root / "seconds.json" if first else None), RandomShift(recipe.augment_shift)
 
-    base, weights, model = root / "unprotected", root / "work" / "protected", start.model
+    base, weights = root / "unprotected", root / "work" / "protected"
     with watch("pretrain"):
-        if base.exists():
-            model = load_model(str(base), config.head_name, config.encoder_name)
-        elif start.learning_rate is not None:
-            pretrain(
-                model, domains.joined(authorized), str(root / "work"), recipe.pretrain_steps, start.learning_rate,
-                transform=augment, seed=recipe.pretrain_seed, use_cpu=config.use_cpu,
-            )  # fmt: skip
-    if config.head_name or config.encoder_name:  # attackers have to find them too
-        model.config.ntp = {"head_name": config.head_name, "encoder_name": config.encoder_name}
-    if first and not base.exists():
-        save(base, model, start.processor)
+        if not base.exists():
+            if rate is not None:
+                pretrain(
+                    model, domains.joined(authorized), str(root / "work"), recipe.pretrain_steps, rate,
+                    transform=augment, seed=recipe.pretrain_seed, use_cpu=config.use_cpu,
+                )  # fmt: skip
+            if config.head_name or config.encoder_name:  # attackers have to find them too
+                model.config.ntp = {"head_name": config.head_name, "encoder_name": config.encoder_name}
+            if first:
+                save(base, model, processor)
     wait_for_everyone()
 
     config.output_dir = str(root / "work")
+    # A run that is continued begins with the saved model, so this one does, too.
+    model = load_model(str(base), config.head_name, config.encoder_name)
     trainer = hf_ntp.NTPTrainer(
         model,
         config,
         domains.only(authorized),
         None if config.target_access == "none" else domains.part_of(pixels.target, "owner"),
         eval_dataset=domains.only(domains.part_of(pixels.source, "validation")),
-        processing_class=start.processor,
+        processing_class=processor,
         source_transform=augment,
     )
     with watch("protect"):
         if not weights.exists():
             trainer.train(get_last_checkpoint(config.output_dir) if Path(config.output_dir).exists() else None)
             if first:
-                save(weights, trainer.model, start.processor)
+                save(weights, trainer.model, processor)
     wait_for_everyone()
 
     with watch("evaluate"):
@@ -286,7 +289,7 @@ def run(
     name = recipe.model_name_or_path
     origin = {
         "name": None if name is None or Path(name).exists() else name,
-        "revision": start.revision,
+        "revision": commit,
         "weights": weight_digests(base),
     }
     with whole_folder(root / "protected") as folder:

@@ -18,7 +18,7 @@ from .encoder import (
     stage_tokens,
     zero_fraction,
 )
-from .headless import EncoderWithHead, has_head, load_model, plain_model, pooled_features, with_head
+from .headless import EncoderWithHead, has_head, load_model, plain_model, pooled_features, untrained, with_head
 
 __all__ = [
     "EncoderWithHead",
@@ -41,6 +41,7 @@ __all__ = [
     "replace_head",
     "scale_free_weights",
     "stage_tokens",
+    "untrained",
     "with_head",
     "zero_fraction",
 ]

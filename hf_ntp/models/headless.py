@@ -80,8 +80,30 @@ def load_model(
     elif hasattr(kind, "from_config"):
         model = kind.from_config(config, dtype=torch.float32)
     else:
-        model = kind(config).float()
+        model = untrained(kind, config).float()
     return with_head(model, head_name, encoder_name)
+
+
+def untrained(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model with weights drawn from the global generator.
+
+    Releases of transformers 5 leave the fixed positions (sine and cosine) of a ViTMAE at zero where it is not loaded
+    from a checkpoint: it would never know where a patch is, and be a weaker scratch baseline than it should. They are
+    filled in here.
+
+    Args:
+        kind: Class of the model.
+        config: Its configuration; not copied.
+    """
+    model: Any = kind(config)
+    parts: Mapping[str, Any] = {type(module).__name__: module for module in model.modules()}
+    embeddings, decoder = parts.get("ViTMAEEmbeddings"), parts.get("ViTMAEDecoder")
+    if embeddings is not None and not embeddings.position_embeddings.any():
+        embeddings.patch_embeddings.projection._is_hf_initialized = False  # what made it skip them
+        embeddings.initialize_weights()
+    if decoder is not None and not decoder.decoder_pos_embed.any():
+        decoder.initialize_weights(decoder.decoder_pos_embed.shape[1] - 1)
+    return model
 
 
 def _class_of(config: PreTrainedConfig) -> type:
@@ -236,7 +258,7 @@ class EncoderWithHead(PreTrainedModel):
 
     def fresh(self) -> EncoderWithHead:
         """Return the same with weights drawn from the global generator."""
-        return EncoderWithHead(type(self.encoder)(copy.deepcopy(self.config)), self.encoder_name)
+        return EncoderWithHead(untrained(type(self.encoder), copy.deepcopy(self.config)), self.encoder_name)
 
     def save_pretrained(
         self, save_directory: Any, *args: Any, state_dict: Mapping[str, Tensor] | None = None, **options: Any

@@ -193,7 +193,10 @@ class ProtectionArguments:
     )
     attacker_batch_size: int = field(
         default=16,
-        metadata={"help": "Target images of one attacker's step, at least; its own, beside those of the objective."},
+        metadata={
+            "help": "Target images of one attacker's step, at least, over all processes and accumulated batches; its "
+            "own, beside those of the objective."
+        },
     )
     attacker_weight: float = field(
         default=1.0,

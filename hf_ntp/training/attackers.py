@@ -336,9 +336,8 @@ class AttackerPool:
         if not total:  # the last batch of an epoch may be too small for all
             return None
         attacker = self._living(slot, masks)
-        images, labels = (
-            torch.cat([t[rows] for t, (rows, _) in zip(ts, own, strict=True)]) for ts in zip(*batches, strict=True)
-        )
+        parts = [(images[rows], labels[rows]) for (images, labels), (rows, _) in zip(batches, own, strict=True)]
+        images, labels = map(torch.cat, zip(*parts, strict=True))
         return slot, attacker, _summed(*self._gradients(attacker, images, labels, total, autocast))
 
     def _rows(self, slot: int, rows: int) -> tuple[slice, int]:

@@ -86,6 +86,12 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
                 "loss scale of their own. Use bf16, or attackers=0."
             )
         TrainingArguments.__post_init__(self)
+        checkpointing: Any = self.gradient_checkpointing_kwargs or {}
+        if self.attackers and checkpointing.get("use_reentrant"):
+            raise ValueError(
+                f"gradient_checkpointing_kwargs has use_reentrant=True with {self.attackers} simulated attackers, "
+                "whose gradients PyTorch cannot compute that way; needed: False, the default, or attackers=0."
+            )
         if self.hub_private_repo is None:
             # Trainer creates the repository when training starts; who wants the world to see it says so.
             self.hub_private_repo = True

@@ -30,6 +30,7 @@ class PairedDataset(Dataset):
         targets: Unauthorized data by domain name; items are dicts with both.
         source_transform: Augmentation of source batches; its randomness is seeded by epoch and row, not by history.
         seed: Seed of the run.
+        compared: Whether a term looks at target images; if not, only those of the attackers are read.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class PairedDataset(Dataset):
         targets: Mapping[str, Dataset],
         source_transform: Transform | None = None,
         seed: int = 0,
+        compared: bool = True,
     ) -> None:
         self.source = source
         self.targets = dict(targets)
         self.source_transform = source_transform
         self.seed = seed
+        self.compared = compared
 
     def __len__(self) -> int:
         return length_of(self.source)
@@ -60,7 +63,8 @@ class PairedDataset(Dataset):
         batch["targets"], batch["attacked"] = {}, {}
         for i, (name, dataset) in enumerate(self.targets.items()):
             rows = [targets[i] for _, _, targets in indices]
-            batch["targets"][name] = _batch(dataset, [first for first, *_ in rows])
+            if self.compared:
+                batch["targets"][name] = _batch(dataset, [first for first, *_ in rows])
             if spare := [row for _, *rest in rows for row in rest]:
                 batch["attacked"][name] = _batch(dataset, spare)
         return batch

@@ -110,10 +110,10 @@ def train(
     views: Callable[[dict[str, Any], np.random.Generator], dict[str, Any]],
     seed: int = 0,
     use_cpu: bool = False,
-) -> None:
+) -> list[dict[str, float]]:
     """What every kind of pretraining shares: :func:`train_classifier` for any ``model`` that returns its loss first.
 
-    ``views`` makes its inputs of a batch of "pixel_values" and, where there are any, "labels".
+    ``views`` makes its inputs of a batch of "pixel_values" and, where there are any, "labels". Returns Trainer's log.
     """
     args = TrainingArguments(
         output_dir=output_dir,
@@ -132,6 +132,8 @@ def train(
         use_cpu=use_cpu,
     )
     rng = np.random.default_rng(seed)
-    Trainer(
+    trainer = Trainer(
         model=model, args=args, train_dataset=train_dataset, data_collator=lambda rows: views(collate(rows), rng)
-    ).train()
+    )
+    trainer.train()
+    return trainer.state.log_history

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from ..functional import (
     GlobalSelector,
@@ -55,13 +56,42 @@ def mask_rule(
         sparsity: Fraction of zeros. Below the final one an N:M pattern keeps more than N of every M.
     """
     if pattern == "global":
-        select = GlobalSelector(tensors, sparsity)
+        select = GlobalSelector(lambda: map(_whole, tensors()), sparsity)
         return lambda i, tensor: select(tensor)
     if n_m := parse_n_m(pattern):
         n, m = n_m
         kept = max(n, round(m * (1 - sparsity)))
         return lambda i, tensor: n_m_mask(tensor, kept, m)
     return LayerSelector(apportion_zeros(sizes, sparsity))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _shard(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _cut_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Cut a tensor that is whole on all ranks as ``like`` is cut; no message is needed."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    whole = DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return whole.redistribute(placements=like.placements)
+
+
+def _sum_over_shards(sums: Tensor, like: Tensor) -> Tensor:
+    """Add up what every rank has of a tensor that is cut as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return sums
+    placements = [Partial() if placement.is_shard() else placement for placement in like.placements]
+    return DTensor.from_local(sums, like.device_mesh, placements, run_check=False).full_tensor()
+
+
+def _mask(rule: MaskRule, i: int, tensor: Tensor) -> Tensor:
+    """Mask of the i-th tensor, cut as it is: thresholds and ties are those of the whole, of one layer at a time."""
+    return _cut_like(rule(i, _whole(tensor)), tensor)
 
 
 def check_pattern(weights: Mapping[str, Tensor], pattern: str) -> None:
@@ -80,7 +110,8 @@ class ADMMPruner:
     """Prunes ``weights`` gradually by ADMM, then fixes the mask.
 
     One tensor per weight is kept (see :mod:`hf_ntp.functional.admm`): the anchor Z - U for hard patterns, W + U for
-    "l1", and after :meth:`finish` the mask itself, in the same storage.
+    "l1", and after :meth:`finish` the mask itself, in the same storage. Where the weights are shards (DTensor, FSDP2),
+    so is that tensor, and every rank has to make every call.
 
     Args:
         weights: Prunable parameters by name, on their final device.
@@ -145,8 +176,10 @@ class ADMMPruner:
         """Give W + U of one layer after another."""
         old = self._old_rule()
         for i, (weight, stored) in enumerate(zip(self.weights.values(), self.stored.values(), strict=True)):
-            dual = soft_dual(stored, self.threshold) if self._soft else hard_dual(stored, stored * old(i, stored))
-            yield weight + dual
+            if self._soft:
+                yield weight + soft_dual(stored, self.threshold)
+            else:
+                yield weight + hard_dual(stored, stored * _mask(old, i, stored))
 
     @torch.no_grad()
     def update(self, progress: float) -> ZStep:
@@ -167,14 +200,16 @@ class ADMMPruner:
                 stored.copy_(weight + soft_dual(stored, self.threshold))
                 sparse, anchor = soft_threshold(stored, self.threshold), soft_anchor(stored, self.threshold)
             else:
-                previous = stored * old(i, stored)
+                previous = stored * _mask(old, i, stored)
                 shifted = hard_dual(stored, previous).add_(weight)
-                sparse = shifted * new(i, shifted)
+                sparse = shifted * _mask(new, i, shifted)
                 anchor = stored.copy_(hard_anchor(shifted, sparse))
-            sums[0] += primal_residual(weight, sparse)
-            sums[1] += dual_residual(sparse, previous, self.rho)
-            sums[2] += penalty(weight, anchor, self.rho)
-            sums[3] += sparse.numel() - sparse.count_nonzero()
+            w, z, before, v = map(_shard, (weight, sparse, previous, anchor))
+            sums[0] += primal_residual(w, z)
+            sums[1] += dual_residual(z, before, self.rho)
+            sums[2] += penalty(w, v, self.rho)
+            sums[3] += z.numel() - z.count_nonzero()
+        sums = _sum_over_shards(sums, weight)
         self.sparsity = sparsity
         # Stored and shifted tensors have equal magnitudes.
         self._present = new if isinstance(new, LayerSelector) and not self._soft else None
@@ -191,7 +226,7 @@ class ADMMPruner:
         new, shifted = self._new_rule(self.final_sparsity), self._shifted()
         for i, (weight, stored) in enumerate(zip(self.weights.values(), self.stored.values(), strict=True)):
             x = next(shifted)
-            mask = new(i, x)
+            mask = _mask(new, i, x)
             weight.copy_(x * mask)
             stored.copy_(mask)
         self.sparsity = self.final_sparsity
@@ -208,7 +243,7 @@ class ADMMPruner:
             elif self._soft:
                 found[name] = soft_threshold(stored, self.threshold) != 0
             else:
-                found[name] = rule(i, stored).bool()
+                found[name] = _mask(rule, i, stored).bool()
         return found
 
     @torch.no_grad()
@@ -231,7 +266,7 @@ class ADMMPruner:
         return {"sparsity": self.sparsity, "finished": self.finished}
 
     def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, float | bool]) -> None:
-        """Restore what :meth:`tensors` and :meth:`scalars` gave.
+        """Restore what :meth:`tensors` and :meth:`scalars` gave; tensors may be whole where the weights are shards.
 
         Raises:
             ValueError: If the tensors belong to other weights.
@@ -243,6 +278,6 @@ class ADMMPruner:
                 "model, prune_include and prune_exclude of the run that wrote it."
             )
         for name, stored in self.stored.items():
-            stored.copy_(tensors[name])
+            stored.copy_(_cut_like(tensors[name], stored))
         self._present = None
         self.sparsity, self.finished = float(scalars["sparsity"]), bool(scalars["finished"])

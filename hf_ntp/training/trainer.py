@@ -51,6 +51,7 @@ from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
 from .checkpoint import check_settings, load_state, load_weights_strictly, save_state
 from .config import NTPConfig
+from .distributed import check_processes
 from .domains import Joined, check_task, classifies, shares_of, source_domain, target_domains
 from .guard import FeatureGuard, SourceGuard
 from .objective import TargetBatch, target_terms
@@ -187,7 +188,8 @@ class NTPTrainer(Trainer):
             source_classes=not self._matches_features,
             seed=seed,
         )
-        paired = PairedDataset(source, targets, source_transform, seed)
+        compared = any((args.target_weight, args.fisher_weight, args.collapse_weight))
+        paired = PairedDataset(source, targets, source_transform, seed, compared)
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
         self._check_fit(network, args, len(paired))
         shares = shares_of(args.target_weights, list(targets), "target_weights")
@@ -222,6 +224,7 @@ class NTPTrainer(Trainer):
                 f"{args.n_gpu} GPUs would be driven from one process (DataParallel), which splits batches out of "
                 "sight; needed: one process per GPU. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
             )
+        check_processes(args, self.accelerator.distributed_type, network)
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != args.world_size:
             raise ValueError(
@@ -241,6 +244,11 @@ class NTPTrainer(Trainer):
         self._original_weights = _digest(p for p in self.model.parameters() if p.requires_grad or not self._headless)
         self._attacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._batch_norm = has_batch_norm(network)
+        if self._batch_norm and args.gradient_checkpointing:
+            raise ValueError(
+                f"gradient_checkpointing is on and {type(network).__name__} has BatchNorm, whose statistics would see "
+                "the images a second time, those of the target among them; needed: False."
+            )
         self._pruning_log: dict[str, Tensor] = {}
         self._terms = self._new_terms()
         self._signals = KeptSignals()
@@ -313,9 +321,7 @@ class NTPTrainer(Trainer):
 
         One pass, or one per domain with BatchNorm.
         """
-        # Without a term that looks at them, target images are the attackers' alone.
-        weights = (self.args.target_weight, self.args.fisher_weight, self.args.collapse_weight)
-        source, targets = inputs["pixel_values"], inputs["targets"] if any(weights) else {}
+        source, targets = inputs["pixel_values"], inputs["targets"]
         labels = {name: target["labels"] for name, target in targets.items()}
         if self._batch_norm:
             logits, (kept, *tokens) = self._encode(model, source)
@@ -355,7 +361,8 @@ class NTPTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._pool is None:
             return loss
-        for name, target in self._prepare_inputs(inputs["attacked"]).items():
+        images: dict[str, Any] = self._prepare_inputs(inputs["attacked"])
+        for name, target in images.items():
             self._attacked.setdefault(name, []).append((target["pixel_values"], target["labels"]))
         if self.accelerator.sync_gradients:
             attacked, self._attacked = self._attacked, {}
