@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from .interruption import unwind_on_sigterm
+
 # Nothing heavy is imported before a subcommand needs it: `hf-ntp --help` is instant.
 
 
@@ -228,7 +230,9 @@ def _recipe(name: str, argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        unwind_on_sigterm()
+        argv = sys.argv[1:]
     try:
         if argv and argv[0] in _RECIPES:
             _recipe(argv[0], argv[1:])

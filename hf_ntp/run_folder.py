@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from safetensors import SafetensorError
+
 RUN_FILE = "run.json"
+
+_NODE = re.sub(r"[^A-Za-z0-9-]", "-", platform.node()) or "here"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def differences(found: Mapping[str, Any], needed: Mapping[str, Any]) -> list[str]:
@@ -37,6 +46,10 @@ def claim_run_folder(folder: str | Path, settings: Mapping[str, Any]) -> Path:
     """
     folder = Path(folder)
     record = folder / RUN_FILE
+    if folder.exists():
+        clear_unfinished(folder)
+    # Looked at in this order, and without what is being written, several processes of one run may claim it at once.
+    used = folder.exists() and any(not path.name.startswith(f".{RUN_FILE}.") for path in folder.iterdir())
     if record.is_file():
         if differing := differences(json.loads(record.read_text()), settings):
             raise ValueError(
@@ -44,12 +57,13 @@ def claim_run_folder(folder: str | Path, settings: Mapping[str, Any]) -> Path:
                 "settings to continue it. Choose another --output_dir, or delete that folder."
             )
         return folder
-    if folder.exists() and any(folder.iterdir()):
+    if used:
         raise ValueError(
             f"{folder} is not empty and holds no {RUN_FILE}; needed: an empty folder for the run. Choose another "
             "--output_dir."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with whole_file(record) as staged:
         staged.write_text(json.dumps(settings, indent=2))
     return folder
@@ -57,27 +71,134 @@ def claim_run_folder(folder: str | Path, settings: Mapping[str, Any]) -> Path:
 
 def _beside(path: Path) -> Path:
     """Name for something unfinished, of this process alone."""
-    return path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    return path.with_name(f".{path.name}.{_NODE}-{os.getpid()}.unfinished")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def clear_unfinished(folder: Path, name: str | None = None) -> None:
+    """Remove what processes of this machine that are dead have left half-written in a folder.
+
+    Args:
+        folder: Where to look; not in its folders.
+        name: Of the file or folder that they wrote; None for all.
+    """
+    shape = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.{re.escape(_NODE)}-(\d+)\.unfinished")
+    with os.scandir(folder) as entries:
+        found = [(entry.path, shape.fullmatch(entry.name)) for entry in entries]
+    for path, match in found:
+        if match and not _alive(int(match[1])):
+            remove(Path(path))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; what is not there, or cannot be removed, is no error."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+class NotWrittenError(OSError):
+    """A file or folder could not be written: what was found, what is needed, how to go on."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Explain what goes wrong where ``path`` cannot be written: a full disk, a folder that may not be written.
+
+    Raises:
+        NotWrittenError: From the original error, with its number. Other errors pass.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = _number_of(error)
+        elsewhere = isinstance(error, OSError) and not _beneath(error.filename, path.parent)
+        if elsewhere or isinstance(error, NotWrittenError) or number not in _FULL | _FORBIDDEN:
+            raise
+        if number in _FULL:
+            free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
+            remedy = f"needed: more room ({free / 1e6:.1f} MB are free). Make some there, or raise the quota"
+        else:
+            remedy = "needed: a folder that this user may write to. Change its permissions, or choose another one"
+        raise NotWrittenError(
+            number,
+            f"{path.name} was not written: {os.strerror(number)}; {remedy}, then run the same command again. What was "
+            "there before is unchanged",
+            str(path),
+        ) from error
+
+
+def _beneath(name: Any, folder: Path) -> bool:
+    """Whether a file that an error names is in a folder; errors that name none are taken to mean it."""
+    return not isinstance(name, (str, Path)) or Path(name).absolute().is_relative_to(folder.absolute())
+
+
+def _number_of(error: Exception) -> int:
+    """Number of an operating system's error, which libraries hide in their messages or leave out; 0 for none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if match := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(match[1])
+    # torch.save says only that its zip file did not come out.
+    return errno.ENOSPC if "inline_container" in str(error) else 0
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Give a name beside ``path`` and remove what was written there if it does not become ``path``."""
+    staged = _beside(path)
+    try:
+        with writing(path):
+            if path.parent.exists():
+                clear_unfinished(path.parent, path.name)
+            yield staged
+    except BaseException:
+        remove(staged)
+        raise
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to and rename it at the end: readers see all of it or nothing."""
-    staged = _beside(path)
-    yield staged
-    os.replace(staged, path)
+    """Give a path beside ``path`` to write to and rename it at the end: readers see all of it or nothing.
+
+    Raises:
+        OSError: See :func:`writing`.
+    """
+    with _whole(path) as staged:
+        yield staged
+        os.replace(staged, path)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder to fill and rename it to ``path`` at the end: ``path`` exists only when it is whole."""
-    staged = _beside(path)
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    yield staged
-    if path.exists():
-        shutil.rmtree(path)
-    os.replace(staged, path)
+    """Give an empty folder to fill and rename it to ``path`` at the end: ``path`` exists only when it is whole.
+
+    Raises:
+        OSError: See :func:`writing`.
+    """
+    with _whole(path) as staged:
+        remove(staged)
+        staged.mkdir(parents=True)
+        yield staged
+        if path.exists():
+            # Aside as a whole: deleted piece by piece, it could be taken for one.
+            replaced = _beside(path.with_name(f"{path.name}.replaced"))
+            os.replace(path, replaced)
+            os.replace(staged, path)
+            remove(replaced)
+        else:
+            os.replace(staged, path)
 
 
 def file_digest(path: Path) -> str:

@@ -17,7 +17,6 @@ from transformers.hf_argparser import HfArgumentParser
 from hf_ntp.training.arguments import PRESETS, ProtectionArguments
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
     from transformers import BaseImageProcessor, PreTrainedModel
 
     from hf_ntp import NTPConfig
@@ -43,9 +42,12 @@ class RecipeArguments:
         default=None, metadata={"help": "Model to protect, Hub id or folder. Default: a small one trained here."}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of that model."})
-    source_dataset: str = field(
-        default="mnist",
-        metadata={"help": "Authorized domain: mnist, mnistm, optdigits, syn, a Hub id, a folder of images, parquet."},
+    source_dataset: list[str] = field(
+        default_factory=lambda: ["mnist"],
+        metadata={
+            "help": "Authorized domains: mnist, mnistm, optdigits, syn, Hub ids, folders of images, parquet. Several "
+            "have the same classes where the model has a head; the options below are then for each of them."
+        },
     )
     source_config: str | None = field(default=None, metadata={"help": "Configuration of that Hub dataset."})
     source_split: str | None = field(default=None, metadata={"help": "Take only this split, and divide it."})
@@ -53,7 +55,16 @@ class RecipeArguments:
     source_image_column: str | None = field(default=None, metadata={"help": "Its image column."})
     source_label_column: str | None = field(default=None, metadata={"help": "Its label column."})
     source_max_samples: int | None = field(default=None, metadata={"help": "Use at most so many images per split."})
-    target_dataset: str = field(default="optdigits", metadata={"help": "Unauthorized domain, as above."})
+    target_dataset: list[str] = field(
+        default_factory=lambda: ["optdigits"],
+        metadata={
+            "help": "Unauthorized domains, as above, each with classes of its own; what of them the protection sees "
+            "is --target_access."
+        },
+    )
+    third_dataset: str | None = field(
+        default=None, metadata={"help": "A domain that is neither, on which collateral damage is measured."}
+    )
     target_config: str | None = field(default=None, metadata={"help": "Configuration of that Hub dataset."})
     target_split: str | None = field(default=None, metadata={"help": "Take only this split, and divide it."})
     target_revision: str | None = field(default=None, metadata={"help": "Revision of that Hub dataset."})
@@ -81,7 +92,9 @@ class RecipeArguments:
     attack_learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Rates the attacker chooses from."}
     )
-    jobs: int | None = field(default=None, metadata={"help": "Processes that fit curves; default one per core."})
+    jobs: int | None = field(
+        default=None, metadata={"help": "Fits at a time in one launched process; default one per core that it has."}
+    )
     repo_id: str = field(default="path/to/this/folder", metadata={"help": "What the card says to load."})
     license: str = field(default="other", metadata={"help": "Licence id for the card."})
     terms: str | None = field(
@@ -147,14 +160,6 @@ def parse(argv: list[str], kind: type[Arguments], description: str) -> tuple[Arg
     return recipe, config
 
 
-def load(recipe: RecipeArguments, side: str) -> DatasetDict:
-    """Load the "source" or the "target" domain."""
-    from hf_ntp import load_domain
-
-    options = {key.removeprefix(f"{side}_"): value for key, value in vars(recipe).items() if key.startswith(side)}
-    return load_domain(options.pop("dataset"), **options)
-
-
 def small_processor() -> BaseImageProcessor:
     """Image processor of the small models."""
     from transformers import ViTImageProcessorPil
@@ -207,13 +212,14 @@ def run(
     import shutil
 
     from accelerate.utils import wait_for_everyone
+    from hf_ntp.recipes import domains
     from transformers.trainer_utils import get_last_checkpoint
 
     import hf_ntp
-    from hf_ntp.data import RandomShift, check_target
+    from hf_ntp.data import RandomShift
     from hf_ntp.evaluation.runner import check_seeds
     from hf_ntp.functional import check_sample_sizes
-    from hf_ntp.models import load_model, plain_model
+    from hf_ntp.models import has_head, load_model, plain_model
     from hf_ntp.publishing.report import build_record, build_results, write_report
     from hf_ntp.run_folder import Stopwatch, claim_run_folder, weight_digests, whole_folder
 
@@ -223,17 +229,13 @@ def run(
     )
     check_sample_sizes(recipe.sample_sizes)
     check_seeds(recipe.attack_seeds)
-    source, target = load(recipe, "source"), load(recipe, "target")
-    check_target(source["train"]["label"], "the source")
-    check_target(target["train"]["label"])
-    target["owner"], target["attacker"] = hf_ntp.split_owner_attacker(target.pop("train"), recipe.owner_fraction)
-    for seed in recipe.attack_seeds:
-        hf_ntp.nested_subsets(target["attacker"]["label"], recipe.sample_sizes, seed)
-    model, processor, rate, commit = base_model(recipe, config, source["train"].features["label"].names)
-    authorized, unauthorized = (
-        {part: hf_ntp.PixelDataset.from_dataset(data, processor) for part, data in domain.items()}
-        for domain in (source, target)
+    loaded = domains.load_all(recipe)
+    model, processor, rate, commit = base_model(
+        recipe, config, next(iter(loaded.source.values()))["train"].features["label"].names
     )
+    classes = config.source_loss != "features" and has_head(model, config.head_name)
+    pixels = domains.as_pixels(loaded, processor, same_classes=classes)
+    authorized = domains.part_of(pixels.source, "train")
     settings = {key: value for key, value in vars(recipe).items() if key not in _FREE} | config.fingerprint()
     root, first = Path(str(config.output_dir)), config.process_index == 0
     if first:
@@ -248,7 +250,7 @@ def run(
         if not base.exists():
             if rate is not None:
                 pretrain(
-                    model, authorized["train"], str(root / "work"), recipe.pretrain_steps, rate,
+                    model, domains.joined(authorized), str(root / "work"), recipe.pretrain_steps, rate,
                     transform=augment, seed=recipe.pretrain_seed, use_cpu=config.use_cpu,
                 )  # fmt: skip
             if config.head_name or config.encoder_name:  # attackers have to find them too
@@ -263,9 +265,9 @@ def run(
     trainer = hf_ntp.NTPTrainer(
         model,
         config,
-        authorized["train"],
-        {Path(recipe.target_dataset).name: unauthorized["owner"]},
-        eval_dataset=authorized["validation"],
+        domains.only(authorized),
+        None if config.target_access == "none" else domains.part_of(pixels.target, "owner"),
+        eval_dataset=domains.only(domains.part_of(pixels.source, "validation")),
         processing_class=processor,
         source_transform=augment,
     )
@@ -275,19 +277,15 @@ def run(
             if first:
                 save(weights, trainer.model, processor)
     wait_for_everyone()
+
+    with watch("evaluate"):
+        found = domains.measure(
+            base, weights, pixels, recipe, protocol, cache_dir=root / "work" / "fits", jobs=recipe.jobs
+        )
     if not first:
         return {}
-
-    attack = hf_ntp.AttackData(*(unauthorized[part] for part in ("attacker", "validation", "test")))
-    with watch("evaluate"):
-        measured = hf_ntp.measure_protection(
-            base, weights, authorized["test"], attack, recipe.sample_sizes, recipe.attack_seeds, protocol,
-            cache_dir=root / "work" / "fits", jobs=recipe.jobs, source_train=authorized["train"],
-        )  # fmt: skip
-    references = (
-        hf_ntp.DomainReference.of(recipe.source_dataset, source, recipe.source_config, recipe.source_revision),
-        hf_ntp.DomainReference.of(recipe.target_dataset, target, recipe.target_config, recipe.target_revision),
-    )
+    sources, targets, thirds = domains.references(recipe, loaded, config.target_access)
+    third = thirds[0] if thirds else None
     name = recipe.model_name_or_path
     origin = {
         "name": None if name is None or Path(name).exists() else name,
@@ -296,10 +294,15 @@ def run(
     }
     with whole_folder(root / "protected") as folder:
         shutil.copytree(weights, folder, dirs_exist_ok=True)
-        results = build_results(*references, measured, watch.seconds)
+        results = build_results(
+            sources[0], targets[0], found.first, watch.seconds, config.target_access,
+            [(domain, *of) for domain, of in zip(sources[1:], found.other_sources, strict=True)],
+            list(zip(targets[1:], found.other_targets, strict=True)),
+            None if third is None or found.third is None else (third, found.third),
+        )  # fmt: skip
         record = build_record(
-            results, [references[0]], [references[1]], type(plain_model(trainer.model)).__name__, origin,
-            config.summary(), measured.sparsity, recipe.license, recipe.terms,
+            results, sources, targets, type(plain_model(trainer.model)).__name__, origin, config.summary(),
+            found.first.sparsity, recipe.license, recipe.terms, third,
         )  # fmt: skip
         write_report(folder, record, results, repo_id=recipe.repo_id)
     return show(root)

@@ -4,8 +4,9 @@ r"""Attack a protected checkpoint, ours or anybody's, and say what each attack g
         --target_dataset optdigits --source_dataset mnist --output_dir runs/attacks
 
 Checkpoints are folders or Hub ids, datasets are what recipes/ntp_vit.py takes. Without --unprotected there is no
-retained transfer, only SLC-AUC. Running the same command again continues an interrupted run. The result is
-OUTPUT_DIR/results.json, table.md and attacks.png.
+retained transfer, only SLC-AUC. Running the same command again continues an interrupted run. Processes that Accelerate
+or torchrun started, on one or several machines that see the same OUTPUT_DIR, share the fits out among them. The result
+is OUTPUT_DIR/results.json, table.md and attacks.png.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from typing import Any
+
+from hf_ntp.interruption import unwind_on_sigterm
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -57,7 +60,9 @@ class AttackArguments:
     learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "Rates the attacker chooses from."}
     )
-    jobs: int | None = field(default=None, metadata={"help": "Processes; default one per core."})
+    jobs: int | None = field(
+        default=None, metadata={"help": "Fits at a time in one launched process; default one per core that it has."}
+    )
 
 
 def parse(argv: list[str]) -> AttackArguments:
@@ -76,12 +81,16 @@ def main(argv: list[str]) -> dict[str, Any]:
     """Run the recipe and return the content of ``results.json``."""
     arguments = parse(argv)
 
+    import os
+    from functools import partial
+
     from transformers import AutoImageProcessor
 
     import hf_ntp
     from hf_ntp.attacks import ATTACKS, DECISIVE
     from hf_ntp.data import check_target
     from hf_ntp.evaluation.cache import local_folder
+    from hf_ntp.evaluation.claims import Claims
     from hf_ntp.evaluation.controls import prune_without_protection
     from hf_ntp.evaluation.suite import run_attacks
     from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
@@ -115,8 +124,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     if arguments.controls and arguments.unprotected is not None:
         for kind in ("magnitude", "random"):
             folder = run / f"{kind}_pruned"
-            if not folder.exists():
-                prune_without_protection(arguments.unprotected, folder, arguments.checkpoint, kind)
+            control = partial(prune_without_protection, arguments.unprotected, folder, arguments.checkpoint, kind)
+            Claims(run).make_once(folder, control)
             starts[folder.name] = str(folder)
     results = run_attacks(
         starts, data, attacks, arguments.sample_sizes, arguments.seeds, protocol, run / "fits", arguments.jobs
@@ -127,6 +136,8 @@ def main(argv: list[str]) -> dict[str, Any]:
         "target": hf_ntp.DomainReference.of(arguments.target_dataset, {"test": target["test"]}).dataset,
         **results,
     }
+    if os.environ.get("RANK", "0") != "0":
+        return results
     table = attacks_table(results)
     with whole_file(run / "results.json") as staged:
         staged.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
@@ -140,4 +151,5 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    unwind_on_sigterm()
     main(sys.argv[1:])

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 from hf_ntp.recipes import common
 from hf_ntp.recipes.common import SMALL_SIZE, BaseModel, given_model, small_processor
 
+from hf_ntp.interruption import unwind_on_sigterm
+
 if TYPE_CHECKING:
     from hf_ntp import NTPConfig
 
@@ -68,4 +70,5 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    unwind_on_sigterm()
     main(sys.argv[1:])

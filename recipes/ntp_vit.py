@@ -11,7 +11,7 @@ Your own model and data, from the Hub or from folders:
 
 Every option of NTPConfig and transformers.TrainingArguments is understood too; --config takes a YAML file of them
 (the default one holds the numbers of steps of the demo). The result is OUTPUT_DIR/protected. Running the same command
-again continues an interrupted run.
+again continues an interrupted run; SIGTERM or Ctrl-C during protection saves a checkpoint first.
 
 An encoder without a head (DINOv2, ViTMAE, ...) gets one and is fine-tuned on the source first, as in the NTP paper.
 With --source_loss features it stays as it is, without a head: recipes/ntp_ssl.py has defaults for that.
@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_ntp.recipes import common
 from hf_ntp.recipes.common import SMALL_SIZE, BaseModel, given_model, small_processor
+
+from hf_ntp.interruption import unwind_on_sigterm
 
 if TYPE_CHECKING:
     from hf_ntp import NTPConfig
@@ -83,4 +85,5 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    unwind_on_sigterm()
     main(sys.argv[1:])

@@ -110,12 +110,13 @@ def load(name: str, image_size: int) -> Domain:
     return Domain(*pixels, names=parts["train"].features["label"].names)
 
 
-def pretrain(architecture: str, source: str, folder: Path) -> None:
-    """Train the unprotected model."""
+def pretrain(architecture: str, source: str, folder: Path, steps: int | None = None) -> None:
+    """Train the unprotected model, for PRETRAIN_STEPS by default."""
     shape = ARCHITECTURES[architecture]
     data = load(source, shape.image_size)
     model = shape.build(data.names)
-    train_classifier(model, data.train, str(folder.parent / "trainer"), PRETRAIN_STEPS, transform=RandomShift(1))
+    trainer, steps = str(folder.parent / "trainer"), steps or PRETRAIN_STEPS
+    train_classifier(model, data.train, trainer, steps, transform=RandomShift(1))
     save(model, folder)
 
 
@@ -134,7 +135,8 @@ def protect(cell: Cell, base: Path, folder: Path, preset: str, options: dict[str
         "disable_tqdm": True,
     }
     settings = hf_ntp.NTPConfig.from_preset(preset, output_dir=str(folder.parent / "trainer"), **schedule | options)
-    trainer = hf_ntp.NTPTrainer(model, settings, source.train, target.owner, source_transform=RandomShift(1))
+    seen = None if settings.target_access == "none" else target.owner
+    trainer = hf_ntp.NTPTrainer(model, settings, source.train, seen, source_transform=RandomShift(1))
     trainer.train()
     save(trainer.model, folder)
     return trainer.state.log_history

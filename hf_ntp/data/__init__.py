@@ -7,19 +7,24 @@ from .columns import check_labels, check_target, dataset_fingerprint, find_colum
 from .digits import mnist, optdigits
 from .domains import EMBEDDED_DOMAINS, load_domain
 from .images import PixelDataset, preprocess, to_rgb
-from .reference import DomainReference
+from .neighbourhood import Neighbourhood
+from .reference import DomainReference, domain_name
+from .rows import fetch_rows
 from .splits import nested_subsets, split_owner_attacker, stratified_pieces
 from .synthetic import mnistm, syn
 
 __all__ = [
     "EMBEDDED_DOMAINS",
     "DomainReference",
+    "Neighbourhood",
     "PixelDataset",
     "RandomShift",
     "RandomView",
     "check_labels",
     "check_target",
     "dataset_fingerprint",
+    "domain_name",
+    "fetch_rows",
     "find_columns",
     "load_domain",
     "mnist",

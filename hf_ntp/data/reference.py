@@ -12,6 +12,11 @@ import datasets
 from .columns import dataset_fingerprint
 
 
+def domain_name(dataset: str) -> str:
+    """What reports call a domain: the last part of its path or id."""
+    return Path(dataset).stem if Path(dataset).exists() else dataset.rpartition("/")[2]
+
+
 @dataclass(frozen=True)
 class DomainReference:
     """Identity of a domain.
@@ -50,7 +55,7 @@ class DomainReference:
         """
         local = Path(dataset).exists()
         return cls(
-            name=Path(dataset).stem if local else dataset.rpartition("/")[2],
+            name=domain_name(dataset),
             dataset=Path(dataset).name if local else dataset,
             config=config,
             revision=revision,

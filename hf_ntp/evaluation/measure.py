@@ -72,6 +72,34 @@ class Measurement:
     """Probes on the features of a model without a head."""
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """What a checkpoint and the one it was made from are worth to an attacker on one domain."""
+
+    curves: LearningCurves
+    convergence: ScratchConvergence
+    protocol: FineTuneProtocol
+
+
+def measure_transfer(
+    unprotected: str | Path,
+    protected: str | Path,
+    target: AttackData,
+    sample_sizes: Sequence[int],
+    seeds: Sequence[int] = (0, 1, 2),
+    protocol: FineTuneProtocol | None = None,
+    cache_dir: str | Path | None = None,
+    jobs: int | None = None,
+) -> Transfer:
+    """Learning curves of the standard arms on one domain; arguments as in :func:`measure_protection`."""
+    protocol = protocol or FineTuneProtocol()
+    check_sample_sizes(sample_sizes)
+    shared: dict[str, Any] = {"data": target, "seeds": seeds, "cache_dir": cache_dir, "jobs": jobs}
+    arms = standard_arms(str(unprotected), str(protected))
+    curves = sample_wise_learning_curves(arms, sample_sizes=sample_sizes, protocol=protocol, **shared)
+    return Transfer(curves, scratch_convergence(arms[0], curves, protocol, shared), protocol)
+
+
 def measure_protection(
     unprotected: str | Path,
     protected: str | Path,
@@ -103,26 +131,34 @@ def measure_protection(
     Raises:
         ValueError: If the model has no head and ``source_train`` is not given.
     """
-    protocol = protocol or FineTuneProtocol()
     check_sample_sizes(sample_sizes)
-    before, after = (load_model(str(path)) for path in (unprotected, protected))
-    accuracy, utility = _source_accuracy(before, after, source_test, source_train)
-    shared: dict[str, Any] = {"data": target, "seeds": seeds, "cache_dir": cache_dir, "jobs": jobs}
-    arms = standard_arms(str(unprotected), str(protected))
-    curves = sample_wise_learning_curves(arms, sample_sizes=sample_sizes, protocol=protocol, **shared)
+    accuracy, utility = measure_source(unprotected, protected, source_test, source_train)
+    transfer = measure_transfer(unprotected, protected, target, sample_sizes, seeds, protocol, cache_dir, jobs)
     return Measurement(
         accuracy,
-        measure_sparsity(after, source_test, requested_sparsity),
-        curves,
-        scratch_convergence(arms[0], curves, protocol, shared),
-        protocol,
+        measure_sparsity(load_model(str(protected)), source_test, requested_sparsity),
+        transfer.curves,
+        transfer.convergence,
+        transfer.protocol,
         utility,
     )
 
 
-def _source_accuracy(
-    before: PreTrainedModel, after: PreTrainedModel, test: PixelDataset, train: PixelDataset | None
+def measure_source(
+    unprotected: str | Path, protected: str | Path, test: PixelDataset, train: PixelDataset | None = None
 ) -> tuple[SourceAccuracy, SourceUtility | None]:
+    """Accuracy on an authorized domain before and after, and probes on the features of a model without a head.
+
+    Args:
+        unprotected: Folder of the model before protection.
+        protected: Folder of the protected model.
+        test: Authorized test split.
+        train: Labelled authorized images, for those probes.
+
+    Raises:
+        ValueError: If the model has no head and ``train`` is not given.
+    """
+    before, after = (load_model(str(path)) for path in (unprotected, protected))
     if has_head(before) and has_head(after):
         first, last = (accuracy_of(predictor(model), test) for model in (before, after))
         return SourceAccuracy(first, last, len(test)), None

@@ -1,7 +1,9 @@
-"""Sample-wise learning curves: many independent fits, shared out over the cores and cached."""
+"""Sample-wise learning curves: many independent fits, shared out over cores, processes and machines, and cached."""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +24,7 @@ from ..data import PixelDataset, nested_subsets
 from ..models import load_model
 from .arms import Arm
 from .cache import ResultCache, checkpoint_digest, content_key, local_folder
+from .claims import POLL, Claims
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,9 @@ class _Fit(NamedTuple):
     seed: int
     value: float
 
+    def __str__(self) -> str:
+        return f"{self.arm.name}, {self.size} images, seed {self.seed}, tuned value {self.value:g}"
+
 
 def sample_wise_learning_curves(
     arms: Sequence[Arm],
@@ -100,17 +106,23 @@ def sample_wise_learning_curves(
     tunes) is the one with the best validation accuracy on the first seed, the lower one on ties; the other seeds use
     it. Accuracies are those of the last step.
 
+    Processes that call this with the same arguments and one ``cache_dir``, such as those that `accelerate launch`
+    starts on one or several machines, share the fits out among them, and each returns the whole. They talk through
+    that folder alone: one that dies holds nobody up, and its fits are taken over.
+
     Args:
         arms: Starting points and attacks, see :func:`~hf_ntp.evaluation.arms.standard_arms`.
         data: Target data of the attacker.
         sample_sizes: Strictly increasing, at most ``len(data.train)``.
         seeds: Attack seeds; three are the minimum for an interval worth showing.
         protocol: How to fine-tune; defaults of :class:`FineTuneProtocol`.
-        cache_dir: Where finished fits are kept; None keeps nothing.
-        jobs: Processes; default one per core, or one where an accelerator does the work.
+        cache_dir: Where finished fits are kept; None keeps nothing, and shares nothing with other processes.
+        jobs: Fits at a time in this process; default one per core that it has, or one where an accelerator does the
+            work.
 
     Raises:
         ValueError: For sizes that are unsorted, repeated or larger than the set.
+        RuntimeError: If a fit fails; says which.
     """
     protocol = protocol or FineTuneProtocol()
     check_seeds(seeds)
@@ -142,8 +154,13 @@ def sample_wise_learning_curves(
     )
 
 
+def _launched(name: str, default: int) -> int:
+    """Return what the launcher of several processes (torchrun, `accelerate launch`) told this one."""
+    return int(os.environ.get(name, default))
+
+
 class _Sweep:
-    """Runs fits, as many at a time as there are processes; finished ones are remembered in the cache."""
+    """Runs fits, as many at a time as there are jobs, together with all processes that have the same cache."""
 
     def __init__(
         self,
@@ -154,23 +171,61 @@ class _Sweep:
         jobs: int | None,
     ) -> None:
         self.subsets, self.data, self.protocol, self.cache = subsets, data, protocol, cache
-        self.jobs = jobs or (1 if torch.accelerator.is_available() else joblib.cpu_count())
+        cores = max(1, joblib.cpu_count() // _launched("LOCAL_WORLD_SIZE", 1))
+        self.jobs = jobs or (1 if torch.accelerator.is_available() else cores)
         self.describe = _Describer(data, protocol)
+        self.claims = Claims(cache.folder)
 
     def __call__(self, fits: Sequence[_Fit], title: str) -> dict[_Fit, Accuracies]:
         keys = {fit: self.describe(fit) for fit in fits}
-        results = {fit: Accuracies(**found) for fit in fits if (found := self.cache.get(keys[fit]))}
-        missing = [fit for fit in fits if fit not in results]
-        work = (
-            joblib.delayed(_run)(fit, self.subsets[fit.seed][fit.size], self.data, self.protocol) for fit in missing
+        fits = list(keys)
+        results: dict[_Fit, Accuracies] = {}
+
+        def look() -> None:
+            """Note what is in the cache, whoever fitted it."""
+            for fit in fits:
+                if fit not in results and (found := self.cache.get(keys[fit])):
+                    results[fit] = Accuracies(**found)
+
+        def mine() -> Iterator[_Fit]:
+            """Claim one fit after another, each when there is a job for it."""
+            for fit in fits:
+                if fit in results or not self.claims.take(keys[fit]):
+                    continue
+                if found := self.cache.get(keys[fit]):  # finished since the last look
+                    results[fit] = Accuracies(**found)
+                    self.claims.release(keys[fit])
+                else:
+                    yield fit
+
+        look()
+        # One bar per machine; fits that others finish count, so that the time left is true.
+        bar = tqdm(
+            total=len(fits), initial=len(results), desc=title, unit="fit", disable=_launched("LOCAL_RANK", 0) > 0
         )
-        parallel = joblib.parallel_config("loky", inner_max_num_threads=1)
-        with parallel if self.jobs > 1 else joblib.parallel_config("sequential"):
-            finished = joblib.Parallel(n_jobs=self.jobs, return_as="generator_unordered", batch_size=1)(work)
-            for fit, result in tqdm(finished, total=len(fits), initial=len(results), desc=title, unit="fit"):
-                self.cache.put(keys[fit], result._asdict())
-                results[fit] = result
+        with bar, self.claims.kept_alive():
+            while len(results) < len(fits):
+                for fit, result in self._run(mine()):
+                    self.cache.put(keys[fit], result._asdict())
+                    self.claims.release(keys[fit])
+                    results[fit] = result
+                    look()
+                    bar.update(len(results) - bar.n)
+                if len(results) < len(fits):
+                    time.sleep(POLL)
+                    look()
+                bar.update(len(results) - bar.n)
         return results
+
+    def _run(self, fits: Iterator[_Fit]) -> Iterator[tuple[_Fit, Accuracies]]:
+        work = (joblib.delayed(_run)(fit, self.subsets[fit.seed][fit.size], self.data, self.protocol) for fit in fits)
+        backend = "loky" if self.jobs > 1 else "sequential"
+        with joblib.parallel_config(backend, inner_max_num_threads=1 if self.jobs > 1 else None):
+            # What is dispatched is claimed: no more than can run.
+            parallel = joblib.Parallel(
+                n_jobs=self.jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs"
+            )
+            yield from parallel(work)
 
 
 @contextmanager
@@ -198,16 +253,30 @@ def load_start(arm: Arm, seed: int) -> PreTrainedModel:
 
 
 def _run(fit: _Fit, rows: np.ndarray, data: AttackData, protocol: FineTuneProtocol) -> tuple[_Fit, Accuracies]:
+    try:
+        return fit, _fit(fit, rows, data, protocol)
+    except Exception as error:
+        raise RuntimeError(f"the fit of {fit} failed ({type(error).__name__}: {error})") from error
+
+
+def _fit(fit: _Fit, rows: np.ndarray, data: AttackData, protocol: FineTuneProtocol) -> Accuracies:
     attack = fit.arm.attack
     with _quick_and_quiet():
         torch.manual_seed(fit.seed)  # layers that a checkpoint lacks are initialised on loading
         model = load_start(fit.arm, fit.seed)
         if torch.accelerator.is_available():
-            nn.Module.to(model, torch.accelerator.current_accelerator())
+            nn.Module.to(model, _accelerator())
         source = data.source.tensors() if attack.needs_source and data.source is not None else None
         loot = Loot(*data.train.tensors(rows), data.num_labels, source)
         predict = attack.fit(model, loot, protocol, fit.value, fit.seed)
-        return fit, Accuracies(accuracy_of(predict, data.validation), accuracy_of(predict, data.test))
+        return Accuracies(accuracy_of(predict, data.validation), accuracy_of(predict, data.test))
+
+
+def _accelerator() -> torch.device | int | None:
+    """Return the current accelerator, or among several launched processes the one that belongs to this process."""
+    if "LOCAL_RANK" in os.environ:
+        return _launched("LOCAL_RANK", 0) % torch.accelerator.device_count()
+    return torch.accelerator.current_accelerator()
 
 
 def accuracy_of(predict: Predict, data: PixelDataset, batch_size: int = 256) -> float:

@@ -30,6 +30,7 @@ from .learning_curve import (
 from .losses import clamped_ascent, uniform_cross_entropy
 from .proximal import (
     GlobalSelector,
+    LayerSelector,
     apportion_zeros,
     cardinality_mask,
     cubic_sparsity,
@@ -47,6 +48,7 @@ __all__ = [
     "FeatureDistance",
     "GlobalSelector",
     "Interval",
+    "LayerSelector",
     "add_penalty_gradient_",
     "apportion_zeros",
     "between_class_scatter",

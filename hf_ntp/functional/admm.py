@@ -27,7 +27,7 @@ def penalty(weight: Tensor, anchor: Tensor, rho: float) -> Tensor:
         anchor: V = Z - U, same shape.
         rho: Penalty parameter, >= 0.
     """
-    return 0.5 * rho * (weight - anchor).square().sum()
+    return 0.5 * rho * torch.linalg.vector_norm(weight - anchor).square()
 
 
 def add_penalty_gradient_(gradients: list[Tensor], weights: list[Tensor], anchors: list[Tensor], rho: float) -> None:
@@ -36,14 +36,14 @@ def add_penalty_gradient_(gradients: list[Tensor], weights: list[Tensor], anchor
     torch._foreach_add_(gradients, anchors, alpha=-rho)
 
 
-def hard_anchor(x: Tensor, mask: Tensor) -> Tensor:
-    """V = 2 Z - X for the projection Z = X * mask: X where kept, -X where pruned."""
-    return torch.where(mask, x, -x)
+def hard_anchor(x: Tensor, sparse: Tensor) -> Tensor:
+    """V = 2 Z - X for the projection Z = X * mask: X where kept, -X where pruned, exactly."""
+    return 2 * sparse - x
 
 
-def hard_dual(anchor: Tensor, mask: Tensor) -> Tensor:
-    """U = X - Z recovered from the stored anchor: 0 where kept, -V where pruned."""
-    return torch.where(mask, 0, -anchor)
+def hard_dual(anchor: Tensor, sparse: Tensor) -> Tensor:
+    """U = Z - V recovered from the stored anchor and Z = V * mask: 0 where kept, -V where pruned, exactly."""
+    return sparse - anchor
 
 
 def soft_anchor(x: Tensor, threshold: float) -> Tensor:
@@ -61,9 +61,9 @@ def primal_residual(weight: Tensor, sparse: Tensor) -> Tensor:
 
     The residual of the whole problem is the root of the sum over layers.
     """
-    return (weight - sparse).square().sum()
+    return torch.linalg.vector_norm(weight - sparse).square()
 
 
 def dual_residual(sparse: Tensor, previous: Tensor, rho: float) -> Tensor:
     """``rho^2 * ||Z - Z_previous||^2`` of one layer, a scalar: how far the sparse copy still moves."""
-    return rho**2 * (sparse - previous).square().sum()
+    return rho**2 * torch.linalg.vector_norm(sparse - previous).square()

@@ -5,23 +5,32 @@ After RepNoise (Rosati et al., 2024), which removes information at every layer i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def token_spread(tokens: Tensor) -> Tensor:
+def _alone(value: Tensor) -> Tensor:
+    return value
+
+
+def token_spread(tokens: Tensor, average: Callable[[Tensor], Tensor] = _alone) -> Tensor:
     """Variance over images of layer-normalised tokens, a scalar: 0 when all images look the same to the encoder.
 
     Normalising first means that nothing is gained by scaling tokens down.
 
     Args:
         tokens: [N, T, D]: N images, T tokens or positions, D channels.
+        average: Mean of a tensor over equal parts of a batch, where ``tokens`` are one of several.
     """
     normalised = F.layer_norm(tokens.float(), tokens.shape[-1:])
-    return (normalised - normalised.mean(0)).square().mean()
+    return average((normalised - average(normalised.mean(0))).square().mean())
 
 
-def relative_collapse(target: Tensor, source: Tensor, floor: float = 1e-4) -> Tensor:
+def relative_collapse(
+    target: Tensor, source: Tensor, floor: float = 1e-4, average: Callable[[Tensor], Tensor] = _alone
+) -> Tensor:
     """Logarithm of the spread of target tokens relative to that of source tokens: a scalar (nats) to be minimised.
 
     The logarithm keeps the pull constant while the spread shrinks by orders of magnitude; no gradient reaches the
@@ -31,5 +40,7 @@ def relative_collapse(target: Tensor, source: Tensor, floor: float = 1e-4) -> Te
         target: [N, T, D].
         source: [M, T, D].
         floor: Relative spread below which nothing is gained any more.
+        average: See :func:`token_spread`.
     """
-    return (token_spread(target) / token_spread(source.detach()).clamp_min(1e-12) + floor).log()
+    spread = token_spread(source.detach(), average).clamp_min(1e-12)
+    return (token_spread(target, average) / spread + floor).log()

@@ -24,24 +24,39 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
     Returns:
         Means [..., K, D] (zero where a class is absent; weigh by the counts) and counts [K].
     """
-    counts = features.new_zeros(num_classes).index_add(0, labels, features.new_ones(len(labels)))
-    sums = features.new_zeros(*features.shape[:-2], num_classes, features.shape[-1]).index_add(-2, labels, features)
+    sums, counts = _class_sums(features, labels, num_classes)
     return sums / counts.clamp(min=1).unsqueeze(-1), counts
 
 
+def _class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    counts = features.new_zeros(num_classes).index_add(0, labels, features.new_ones(len(labels)))
+    sums = features.new_zeros(*features.shape[:-2], num_classes, features.shape[-1]).index_add(-2, labels, features)
+    return sums, counts
+
+
 def _deviations(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return [..., N, D] deviations within classes and [..., K, D] weighted deviations of the means, over sqrt(N)."""
+    """Return [..., N, D] deviations within classes and [..., M, D] deviations of the means, over sqrt(N).
+
+    A mean counts once per class, with the root of its share (M = K), or, where most classes are absent, once per
+    sample (M = N): S_B is the same, and nothing has the size of all classes.
+    """
     size = len(labels)
     if size == 0 or features.dim() < 2 or features.shape[-2] != size:
         raise ValueError(
             f"features have shape {tuple(features.shape)} and labels {tuple(labels.shape)}; "
             "needed: [..., N, D] and [N] with N >= 1. Pool the features to one vector per sample first."
         )
-    means, counts = class_means(features, labels, num_classes)
-    within = (features - means.index_select(-2, labels)) / size**0.5
+    many = num_classes >= size
+    if many:  # number the classes by their first sample
+        labels, num_classes = (labels[:, None] == labels).int().argmax(1), size
+    sums, counts = _class_sums(features, labels, num_classes)
+    own = sums.index_select(-2, labels) / counts[labels].unsqueeze(-1)
+    mean = features.mean(-2, keepdim=True)
+    if many:
+        return (features - own) / size**0.5, (own - mean) / size**0.5
+    means = sums / counts.clamp(min=1).unsqueeze(-1)
     # The square root is taken of counts, not of learnt values: absent classes give 0 with no gradient.
-    between = (means - features.mean(-2, keepdim=True)) * (counts / size).sqrt().unsqueeze(-1)
-    return within, between
+    return (features - own) / size**0.5, (means - mean) * (counts / size).sqrt().unsqueeze(-1)
 
 
 def within_class_scatter(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -99,10 +114,19 @@ def whitened_discriminant(features: Tensor, labels: Tensor, num_classes: int, sh
     if not 0 <= shrinkage <= 1:
         raise ValueError(f"shrinkage is {shrinkage}; needed: a value in [0, 1].")
     within, between = _deviations(features.float(), labels, num_classes)
-    dim = features.shape[-1]
+    size, dim = within.shape[-2:]
     total = within.square().sum((-2, -1)) + between.square().sum((-2, -1))
     ridge = shrinkage * total / dim + torch.finfo(total.dtype).tiny
-    identity = torch.eye(dim, device=total.device)
-    scatter = (1 - shrinkage) * within.mT @ within + ridge[..., None, None] * identity
-    factor, _ = torch.linalg.cholesky_ex(scatter)
+    if shrinkage and dim > 2 * size:
+        # The same by Woodbury's identity, with a matrix of the size of the batch instead of the features'.
+        factor = _ridge_factor((1 - shrinkage) * within @ within.mT, ridge)
+        explained = torch.linalg.solve_triangular(factor, within @ between.mT, upper=False).square().sum((-2, -1))
+        return (between.square().sum((-2, -1)) - (1 - shrinkage) * explained) / ridge
+    factor = _ridge_factor((1 - shrinkage) * within.mT @ within, ridge)
     return torch.linalg.solve_triangular(factor, between.mT, upper=False).square().sum((-2, -1))
+
+
+def _ridge_factor(scatter: Tensor, ridge: Tensor) -> Tensor:
+    """Cholesky factor of ``scatter + ridge * I`` for matrices [..., n, n] and scalars [...]."""
+    identity = torch.eye(scatter.shape[-1], device=scatter.device)
+    return torch.linalg.cholesky_ex(scatter + ridge[..., None, None] * identity)[0]

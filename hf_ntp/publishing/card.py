@@ -30,6 +30,11 @@ _ATTACK_LABELS = {
     "transntl": "TransNTL",
     "shot": "SHOT",
 }
+_ACCESS = {
+    "labelled": "labelled unauthorized images",
+    "unlabelled": "unauthorized images without labels (clusters stood for classes)",
+    "none": "changed copies of the authorized images: the protection has seen nothing of the unauthorized domain",
+}
 _MEASURES = {
     "classification": "test accuracy",
     "linear_probe": "accuracy of a linear probe",
@@ -58,8 +63,11 @@ def card_data(record: Mapping[str, Any], name: str) -> ModelCardData:
     accuracy = record["source_accuracy"]
     if accuracy is not None:
         label = f"{_MEASURES[accuracy['measure']].capitalize()} (authorized)"
+        authorized = {domain["name"]: domain for domain in record["authorized_domains"]}
+        single = [{"domain": record["authorized_domains"][0]["name"], "after": accuracy["after"]}]
         evaluations += [
-            _result(domain, "accuracy", label, accuracy["after"]) for domain in record["authorized_domains"][:1]
+            _result(authorized[found["domain"]], "accuracy", label, found["after"])
+            for found in accuracy.get("domains", single)
         ]
     domains = {domain["name"]: domain for domain in record["unauthorized_domains"]}
     for measurement in record["evidence"]:
@@ -117,6 +125,7 @@ def render_card(
         unauthorized=_names(record["unauthorized_domains"]),
         measure=_MEASURES[record["source_accuracy"]["measure"]] if record["source_accuracy"] else "",
         disjoint=_disjoint(record),
+        seen=_ACCESS[_access(record)],
         by_area=lambda attacks: sorted(attacks.items(), key=lambda item: -item[1]["protected"]["normalized"]),
         label=attack_label,
         percent=lambda value: f"{100 * value:.1f} %",
@@ -134,7 +143,13 @@ def _names(domains: Sequence[Mapping[str, Any]]) -> str:
     return " and ".join(domain["name"] for domain in domains)
 
 
+def _access(record: Mapping[str, Any]) -> str:
+    return record["method"]["settings"].get("target_access", "labelled")
+
+
 def _disjoint(record: Mapping[str, Any]) -> bool:
     """Whether the record shows that owner and attacker had parts of their own of every unauthorized domain."""
+    if _access(record) == "none":
+        return True
     prints = [domain["fingerprint"] for domain in record["unauthorized_domains"]]
     return all({"owner", "attacker"} <= part.keys() and part["owner"] != part["attacker"] for part in prints)

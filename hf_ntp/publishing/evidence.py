@@ -19,11 +19,41 @@ _BEYOND = (
 )
 
 
+def measured_targets(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a ``results.json`` has for each unauthorized domain: "target", "slc", "slc_auc", "retained_transfer"."""
+    return [results, *results.get("other_targets", [])]
+
+
+def standard_evidence(results: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Entries of "evidence" for a run's standard comparison, one for each unauthorized domain."""
+    return [] if results is None else [standard_measurement(found) for found in measured_targets(results)]
+
+
+def source_accuracy(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Entry "source_accuracy": over the test images of all authorized domains, and of each where there are several."""
+    measure = {"measure": results["source"].get("measure", "classification")}
+    domains = [
+        {
+            "domain": source["domain"],
+            "before": source["accuracy_before"],
+            "after": source["accuracy_after"],
+            "images": source["test_images"],
+        }
+        for source in (results["source"], *results.get("other_sources", []))
+    ]
+    if len(domains) == 1:
+        del domains[0]["domain"]
+        return measure | domains[0]
+    images = sum(found["images"] for found in domains)
+    means = {when: sum(found[when] * found["images"] for found in domains) / images for when in ("before", "after")}
+    return {**measure, **means, "images": images, "domains": domains}
+
+
 def standard_measurement(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Entry of "evidence" for a run's standard comparison.
+    """Entry of "evidence" for a run's standard comparison on one domain.
 
     Args:
-        results: Content of ``results.json``.
+        results: Content of ``results.json``, or what it has for one domain.
     """
     slc, areas = results["slc"], results["slc_auc"]
     attacks = {

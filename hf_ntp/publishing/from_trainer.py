@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..data import DomainReference
 from ..evaluation.measure import measure_sparsity
 from ..models import has_head, plain_model
+from ..training.domains import Joined
 from .report import build_record, write_report
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def write_folder(
         trainer: After ``train``.
         folder: Where to; made when missing.
         repo_id: What the card tells users to pass to ``from_pretrained``.
-        source: Authorized domains; default: one called "source" with the classes of the model.
+        source: Authorized domains; default: those of the trainer by name, or one called "source", with the classes of
+            the model.
         targets: Unauthorized domains; default: those of the trainer by name, with numbered classes.
         license: Licence id as the Hub spells it.
         terms: What the owner allows, in words.
@@ -48,16 +50,18 @@ def write_folder(
     if trainer.processing_class is not None:
         trainer.processing_class.save_pretrained(folder)
     classes = [str(label) for label in (model.config.id2label or {}).values()] if has_head(model) else []
+    images = trainer.train_dataset.source
+    authorized = list(images.parts) if isinstance(images, Joined) else ["source"]
     named = {name: [str(i) for i in range(int(labels.max()) + 1)] for name, labels in trainer.target_labels.items()}
     name, revision = getattr(model.config, "_name_or_path", ""), getattr(model.config, "_commit_hash", None)
     record = build_record(
         None,
-        source or [DomainReference("source", "source", None, None, {}, classes)],
+        source or [DomainReference(name, name, None, None, {}, classes) for name in authorized],
         targets or [DomainReference(name, name, None, None, {}, labels) for name, labels in named.items()],
         type(plain_model(model)).__name__,
         {"name": name if revision else None, "revision": revision, "weights": None},
         trainer.args.summary(),
-        measure_sparsity(model, trainer.train_dataset.source),
+        measure_sparsity(model, images),
         license,
         terms,
     )

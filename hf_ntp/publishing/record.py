@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
-from ..run_folder import whole_file
+from ..run_folder import clear_unfinished, whole_file
 from .errors import RecordError, VerificationError, listed
 from .files import folder_files, read_bounded, regular_file, sha256_of
 from .strict_json import strict_json
@@ -58,6 +58,8 @@ def write_record(folder: str | Path, record: Mapping[str, Any]) -> None:
     Raises:
         RecordError: If it could not be read again: it does not fit the schema, or the folder holds links or odd names.
     """
+    if Path(folder).is_dir():
+        clear_unfinished(Path(folder))
     whole = {**record, "files": file_digests(folder)}
     try:
         data = (json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")

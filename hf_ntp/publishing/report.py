@@ -11,13 +11,21 @@ from platform import python_version
 from typing import Any
 
 from ..data import DomainReference
-from ..evaluation.measure import Measurement, SparsityReport
+from ..evaluation.measure import Measurement, SourceAccuracy, SparsityReport, Transfer
 from ..evaluation.summary import retained, summarize
+from ..evaluation.utility import SourceUtility
 from ..models.sparse_storage import compress_folder
 from ..run_folder import weight_digests, whole_file
 from .attack_report import plot_attacks
 from .card import ARM_LABELS, render_card
-from .evidence import not_tested, standard_measurement, suite_measurement
+from .evidence import (
+    measured_targets,
+    not_tested,
+    source_accuracy,
+    standard_evidence,
+    standard_measurement,
+    suite_measurement,
+)
 from .figure import plot_learning_curves
 from .record import SCHEMA_VERSION, SIGNATURE_FILE, read_record, write_record
 from .verify import verify_folder
@@ -30,7 +38,14 @@ _ENVIRONMENT = ("torch", "transformers", "accelerate", "datasets", "peft", "nump
 
 
 def build_results(
-    source: DomainReference, target: DomainReference, measured: Measurement, seconds: Mapping[str, float]
+    source: DomainReference,
+    target: DomainReference,
+    measured: Measurement,
+    seconds: Mapping[str, float],
+    target_access: str = "labelled",
+    other_sources: Sequence[tuple[DomainReference, SourceAccuracy, SourceUtility | None]] = (),
+    other_targets: Sequence[tuple[DomainReference, Transfer]] = (),
+    third: tuple[DomainReference, Transfer] | None = None,
 ) -> dict[str, Any]:
     """Content of ``results.json``.
 
@@ -39,21 +54,46 @@ def build_results(
         target: Unauthorized domain.
         measured: What :func:`~hf_ntp.measure_protection` found.
         seconds: Wall time of "pretrain", "protect" and "evaluate".
+        target_access: What the protection knew of the target, see :class:`~hf_ntp.NTPConfig`.
+        other_sources: Authorized domains beside ``source``.
+        other_targets: Unauthorized domains beside ``target``.
+        third: A domain that is neither: what the protection did to uses that nobody has forbidden.
     """
-    curves, areas, utility = measured.curves, summarize(measured.curves), measured.utility
-    return {
-        "source": {
-            "domain": source.name,
-            "dataset": source.dataset,
-            "accuracy_before": measured.accuracy.before,
-            "accuracy_after": measured.accuracy.after,
-            "test_images": measured.accuracy.images,
-            "measure": measured.accuracy.measure,
-            **({} if utility is None else {"knn_before": utility.before.knn, "knn_after": utility.after.knn}),
-        },
-        "target": {"domain": target.name, "dataset": target.dataset},
+    transfer = Transfer(measured.curves, measured.convergence, measured.protocol)
+    results = {
+        "source": _source_results(source, measured.accuracy, measured.utility),
+        **_target_results(target, transfer, target_access),
         "sparsity": measured.sparsity.achieved,
         "sparsity_details": asdict(measured.sparsity),
+        "seconds": dict(seconds),
+    }
+    if other_sources:
+        results["other_sources"] = [_source_results(*found) for found in other_sources]
+    if other_targets:
+        results["other_targets"] = [_target_results(*found, target_access) for found in other_targets]
+    if third is not None:
+        results["third"] = _target_results(*third, "none")
+    return results
+
+
+def _source_results(
+    domain: DomainReference, accuracy: SourceAccuracy, utility: SourceUtility | None
+) -> dict[str, Any]:
+    return {
+        "domain": domain.name,
+        "dataset": domain.dataset,
+        "accuracy_before": accuracy.before,
+        "accuracy_after": accuracy.after,
+        "test_images": accuracy.images,
+        "measure": accuracy.measure,
+        **({} if utility is None else {"knn_before": utility.before.knn, "knn_after": utility.after.knn}),
+    }
+
+
+def _target_results(domain: DomainReference, measured: Transfer, access: str) -> dict[str, Any]:
+    curves, areas = measured.curves, summarize(measured.curves)
+    return {
+        "target": {"domain": domain.name, "dataset": domain.dataset, "access": access},
         "slc": {
             "sample_sizes": list(curves.sample_sizes),
             "seeds": list(curves.seeds),
@@ -67,7 +107,6 @@ def build_results(
             "mask": retained(areas, "protected_mask"),
             "dense": retained(areas, "protected_dense"),
         },
-        "seconds": dict(seconds),
     }
 
 
@@ -81,6 +120,7 @@ def build_record(
     sparsity: SparsityReport,
     license: str = "other",
     terms: str | None = None,
+    third: DomainReference | None = None,
 ) -> dict[str, Any]:
     """Authorization record of a run, see ``authorization.schema.json``; "files" is filled in when it is written.
 
@@ -94,10 +134,11 @@ def build_record(
         sparsity: Zeros of the published weights.
         license: Licence id as the Hub spells it.
         terms: What the owner allows, in words; by default what the domains say.
+        third: Domain of the results' "third".
     """
     authorized, unauthorized = (" and ".join(domain.name for domain in side) for side in (source, target))
-    evidence = [] if results is None else [standard_measurement(results)]
-    return {
+    evidence = standard_evidence(results)
+    record = {
         "schema_version": SCHEMA_VERSION,
         "library": {"name": "hf_ntp", "version": version("hf-ntp")},
         "environment": {"python": python_version(), **{name: version(name) for name in _ENVIRONMENT}},
@@ -112,17 +153,13 @@ def build_record(
         },
         "method": {"name": "non-transferable-pruning", "settings": dict(settings)},
         "sparsity": asdict(sparsity),
-        "source_accuracy": None
-        if results is None
-        else {
-            "measure": results["source"].get("measure", "classification"),
-            "before": results["source"]["accuracy_before"],
-            "after": results["source"]["accuracy_after"],
-            "images": results["source"]["test_images"],
-        },
+        "source_accuracy": None if results is None else source_accuracy(results),
         "evidence": evidence,
         "not_tested": not_tested(evidence),
     }
+    if results is not None and third is not None:
+        record["third_domain"] = {"domain": third.for_record(), "measurement": standard_measurement(results["third"])}
+    return record
 
 
 def write_report(
@@ -179,7 +216,7 @@ def refresh_report(
         )
     results = _read_json(folder / RESULTS_FILE)
     found = _read_json(folder / ATTACKS_FILE if attacks is None else Path(attacks), missing_ok=attacks is None)
-    evidence = [] if results is None else [standard_measurement(results)]
+    evidence = standard_evidence(results)
     if found is not None:
         evidence.append(_checked(found, weights, record, folder))
     record = {**record, "evidence": evidence, "not_tested": not_tested(evidence)}
@@ -244,40 +281,51 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     return json.loads((Path(folder) / RESULTS_FILE).read_text())
 
 
+_ACCURACY = (("accuracy", "accuracy"),)
+_PROBES = (("linear probe", "accuracy"), ("nearest neighbours", "knn"))
+
+
 def results_table(results: Mapping[str, Any]) -> str:
     """Return the figures of a run as a table that a person can read."""
-    source, slc = results["source"], results["slc"]
-    measures = [("linear probe", "accuracy"), ("nearest neighbours", "knn")]
-    if "knn_before" not in source:
-        measures = [("accuracy", "accuracy")]
     lines = [
-        *(
-            f"authorized    {source['domain']}: {name} {source[f'{key}_before']:.3f} before, "
-            f"{source[f'{key}_after']:.3f} after ({source['test_images']} test images)"
-            for name, key in measures
-        ),
-        f"sparsity      {results['sparsity']:.4f} of {results['sparsity_details']['prunable_weights']:,} weights",
-        f"unauthorized  {results['target']['domain']}: mean test accuracy of {len(slc['seeds'])} seeds after "
+        f"authorized    {source['domain']}: {name} {source[f'{key}_before']:.3f} before, "
+        f"{source[f'{key}_after']:.3f} after ({source['test_images']} test images)"
+        for source in (results["source"], *results.get("other_sources", []))
+        for name, key in (_PROBES if "knn_before" in source else _ACCURACY)
+    ]
+    lines.append(
+        f"sparsity      {results['sparsity']:.4f} of {results['sparsity_details']['prunable_weights']:,} weights"
+    )
+    parts = [("unauthorized", found) for found in measured_targets(results)]
+    parts += [("third domain", results["third"])] if "third" in results else []
+    for kind, found in parts:
+        lines += _curves_table(kind, found)
+    return "\n".join([*lines, "", "SLC-AUC normalized: mean accuracy gap to scratch; above 0 the checkpoint helps."])
+
+
+def _curves_table(kind: str, found: Mapping[str, Any]) -> list[str]:
+    slc = found["slc"]
+    lines = [
+        f"{kind:<14}{found['target']['domain']}: mean test accuracy of {len(slc['seeds'])} seeds after "
         "fine-tuning on n labelled images",
         "",
         _row("start", [f"n={size}" for size in slc["sample_sizes"]], "SLC-AUC", "95 % interval", "retained"),
     ]
     for arm, accuracies in slc["curves"].items():
         means = [sum(column) / len(column) for column in zip(*accuracies, strict=True)]
-        area = results["slc_auc"].get(arm)
-        share = results["retained_transfer"].get(arm.removeprefix("protected_"))
+        area = found["slc_auc"].get(arm)
+        share = found["retained_transfer"].get(arm.removeprefix("protected_"))
+        bounds = area["ci"]["normalized"] if area else [None]
         lines.append(
             _row(
                 ARM_LABELS.get(arm, arm),
                 [f"{mean:.3f}" for mean in means],
                 f"{area['normalized']:+.3f}" if area else "",
-                "[{:+.3f}, {:+.3f}]".format(*area["ci"]["normalized"])
-                if area and area["ci"]["normalized"][0] is not None
-                else "",
+                "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds[0] is not None else "",
                 f"{100 * share:.0f} %" if share is not None else "",
             )
         )
-    return "\n".join([*lines, "", "SLC-AUC normalized: mean accuracy gap to scratch; above 0 the checkpoint helps."])
+    return lines
 
 
 def _row(label: str, cells: Sequence[str], area: str, interval: str, share: str) -> str:

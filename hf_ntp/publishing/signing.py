@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ..run_folder import whole_file
+from ..run_folder import clear_unfinished, whole_file
 from .contents import check_contents
 from .errors import VerificationError
 from .files import folder_files, read_bounded, regular_file, sha256_of
@@ -60,6 +60,8 @@ def sign_folder(folder: str | Path, private_key: str | Path, password: str | byt
 
     secret = password.encode() if isinstance(password, str) else password
     _check_private_key(private_key, secret)
+    if Path(folder).is_dir():
+        clear_unfinished(Path(folder))
     files = check_contents(folder)
     digests = sha256_of({name: path for name, path in files.items() if name != SIGNATURE_FILE})
     check_files(read_record(folder), digests)

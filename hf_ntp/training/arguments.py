@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 def parse_n_m(pattern: str) -> tuple[int, int] | None:
     """Return (n, m) for a pattern such as "2:4", and None for any other word."""
     n, colon, m = pattern.partition(":")
     return (int(n), int(m)) if colon and n.isdigit() and m.isdigit() else None
+
+
+def _weights(given: dict[str, float] | str | None, option: str) -> dict[str, float] | None:
+    """Read weights by domain from a dict or JSON, and check them."""
+    try:
+        weights = json.loads(given) if isinstance(given, str) else given
+        fine = weights is None or (weights and all(0 < value < math.inf for value in weights.values()))
+    except (AttributeError, TypeError, ValueError):
+        fine = False
+    if not fine:
+        raise ValueError(
+            f"{option} is {given!r}; needed: a positive number for each domain by name, as a dict or as JSON such as "
+            '\'{"a": 2, "b": 1}\'.'
+        )
+    return weights
 
 
 _OURS_OFF: dict[str, Any] = {
@@ -66,6 +82,16 @@ has the published weights too, which destroyed it on our small models.
 """
 
 
+_WORDS = {str: "text", int: "an integer", float: "a number", bool: "True or False"}
+
+
+def _fits(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind; an integer is a number too, and NaN is none."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, kind) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind) and value == value
+
+
 @dataclass
 class ProtectionArguments:
     """Options of Non-Transferable Pruning, next to those of `transformers.TrainingArguments`.
@@ -89,6 +115,30 @@ class ProtectionArguments:
     )
     prune_exclude: list[str] = field(
         default_factory=list, metadata={"help": "Regular expressions of parameters to keep dense."}
+    )
+    target_access: str = field(
+        default="labelled",
+        metadata={
+            "help": "What is known of the unauthorized domains: 'labelled' images, 'unlabelled' images (classes are "
+            "clusters of the original model's features), or 'none' (a neighbourhood of the source is made from its "
+            "own images; target_dataset is None)."
+        },
+    )
+    pseudo_classes: int = field(
+        default=20, metadata={"help": "Clusters that stand for classes where images have no labels, >= 2."}
+    )
+    source_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of several authorized domains in the batches by name, as a dict or JSON such as "
+            '\'{"a": 2, "b": 1}\'; default in proportion to their images.'
+        },
+    )
+    target_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The same for unauthorized domains: shares of the attackers and of the terms; default equal."
+        },
     )
     head_name: str | None = field(
         default=None, metadata={"help": "Dotted name of the classification head, where it cannot be found by rule."}
@@ -143,7 +193,10 @@ class ProtectionArguments:
     )
     attacker_batch_size: int = field(
         default=16,
-        metadata={"help": "Target images of one attacker's step, at least; its own, beside those of the objective."},
+        metadata={
+            "help": "Target images of one attacker's step, at least, over all processes and accumulated batches; its "
+            "own, beside those of the objective."
+        },
     )
     attacker_weight: float = field(
         default=1.0,
@@ -225,6 +278,7 @@ class ProtectionArguments:
         Raises:
             ValueError: With the value found, what is needed and how to fix it.
         """
+        self._check_types()
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity is {self.sparsity}; needed: a fraction of zeros in [0, 1), such as 0.7.")
         for name in ("rho", "l1_weight", "target_head_learning_rate"):
@@ -239,11 +293,14 @@ class ProtectionArguments:
         for name, words in (
             ("target_loss", ("uniform", "ascent")),
             ("source_loss", ("auto", "labels", "features")),
+            ("target_access", ("labelled", "unlabelled", "none")),
             ("fisher", ("trace_ratio", "whitened")),
             ("fisher_level", ("pooled", "stages")),
         ):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; needed: one of {', '.join(map(repr, words))}.")
+        if self.pseudo_classes < 2:
+            raise ValueError(f"pseudo_classes is {self.pseudo_classes}; needed: an integer >= 2, such as 20.")
         if self.target_bound is not None and self.target_bound <= 0:
             raise ValueError(f"target_bound is {self.target_bound}; needed: a positive number of nats, or null.")
         shares = ("attacker_informed", "attacker_keeps_mask", "attacker_sgd")
@@ -260,8 +317,23 @@ class ProtectionArguments:
                 f"pruning_begin is {self.pruning_begin} and pruning_end is {self.pruning_end}; needed: "
                 "0 <= pruning_begin < pruning_end <= 1, shares of all optimizer steps."
             )
+        self.source_weights = _weights(self.source_weights, "source_weights")
+        self.target_weights = _weights(self.target_weights, "target_weights")
         self._check_attackers()
         self._check_pattern()
+
+    def _check_types(self) -> None:
+        """In Python, anything can be passed."""
+        for name, hint in get_type_hints(ProtectionArguments).items():
+            value, kinds = getattr(self, name), get_args(hint)
+            if get_origin(hint) is list:
+                fits = isinstance(value, (list, tuple)) and all(_fits(item, kinds[0]) for item in value)
+                needed = f"a list, each of it {_WORDS[kinds[0]]}"
+            else:
+                fits = _fits(value, kinds[0] if kinds else hint) or (value is None and type(None) in kinds)
+                needed = _WORDS[kinds[0] if kinds else hint]
+            if not fits:
+                raise ValueError(f"{name} is {value!r}; needed: {needed}.")
 
     def _check_attackers(self) -> None:
         if self.attackers < 0:

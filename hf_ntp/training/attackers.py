@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
+import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -156,10 +157,77 @@ class _Attacker:
         return state
 
 
+class _Attack(nn.Module):
+    """The gradients of an attacker's cross-entropy, as a forward pass.
+
+    Called with other weights, it has them in place during the backward pass too: gradient checkpointing computes there
+    what it did not keep.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        total: int,
+        head: nn.Linear,
+        leaves: list[Tensor],
+        autocast: AbstractContextManager[Any],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the sum of the cross-entropies over ``total`` (detached), and its gradients at ``leaves``.
+
+        Args:
+            images: Pixel values [N, 3, H, W].
+            labels: [N].
+            total: Images on all processes.
+            head: The model's own head, in front of which the features are.
+            leaves: The weights in place, and weight [K, D] and bias [K] of the attacker's head.
+            autocast: Context of the forward pass.
+        """
+        with frozen_batch_norm_statistics(self.model), recorded_features(head) as features, autocast:
+            self.model(pixel_values=images)
+        logits = F.linear(features[-1].float(), *leaves[-2:])
+        loss = F.cross_entropy(logits, labels) * (len(labels) / total)
+        return loss.detach(), list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+
+
+def _summed(loss: Tensor, gradients: list[Tensor]) -> Callable[[], tuple[Tensor, list[Tensor]]]:
+    """Begin to add up loss and gradients over all processes, in one message; what is returned waits for the sums."""
+    if PartialState().num_processes == 1:
+        return lambda: (loss, gradients)
+    flat = torch.cat([loss.reshape(1), *(gradient.flatten() for gradient in gradients)])
+    message = dist.all_reduce(flat, async_op=True)
+
+    def wait() -> tuple[Tensor, list[Tensor]]:
+        message.wait()
+        total, *parts = flat.split([1, *(gradient.numel() for gradient in gradients)])
+        return total[0], [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+
+    return wait
+
+
 def _entropy(labels: np.ndarray) -> float:
     _, counts = np.unique(labels, return_counts=True)
     shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum())
+
+
+def slot_domains(names: Sequence[str], slots: int, shares: Sequence[float] | None = None) -> list[str]:
+    """Unauthorized domain that each slot attacks: one each, then whichever is furthest below its share.
+
+    Args:
+        names: Of the domains.
+        slots: Number of simulated attackers, at least one per domain.
+        shares: Of the domains; equal by default.
+    """
+    wanted = dict(zip(names, shares or [1.0] * len(names), strict=True))
+    domains = list(names)
+    while len(domains) < slots:
+        domains.append(min(names, key=lambda name: (domains.count(name) + 1) / wanted[name]))
+    return domains
 
 
 class AttackerPool:
@@ -167,8 +235,9 @@ class AttackerPool:
 
     Memory: per attacker three copies of the encoder's trainable weights (offset and Adam's two moments) and, while it
     keeps the mask, one byte per prunable weight; for the defender another three (direction and Adam's moments). For a
-    moment, two copies of the model when an informed attacker begins. Cost per optimizer step: one pass forth and back
-    on ``attacker_batch_size`` target images per attacker.
+    moment, two copies of the model when an informed attacker begins, and with several processes one of the weights per
+    attacker. Cost per optimizer step: one pass forth and back on ``attacker_batch_size`` target images per attacker,
+    shared out over the processes.
 
     Args:
         model: The encoder under protection, unwrapped.
@@ -177,6 +246,7 @@ class AttackerPool:
         labels: Labels [N] of every unauthorized domain, by name.
         options: Options that begin with ``attacker``.
         seed: Seed of all plans; the same on every rank.
+        shares: Of the domains in the slots; equal by default.
     """
 
     def __init__(
@@ -187,6 +257,7 @@ class AttackerPool:
         labels: Mapping[str, np.ndarray],
         options: ProtectionArguments,
         seed: int,
+        shares: Sequence[float] | None = None,
     ) -> None:
         if options.attackers < len(labels):
             raise ValueError(
@@ -195,6 +266,7 @@ class AttackerPool:
             )
         self.model, self.head, self.options, self.seed = model, head, options, seed
         self.num_classes = {name: int(values.max()) + 1 for name, values in labels.items()}
+        self._domains = slot_domains(list(labels), options.attackers, shares)
         # Cross-entropy of somebody who knows how frequent the classes are and nothing else, in nats.
         self.chance = {name: _entropy(values) for name, values in labels.items()}
         self.weights = {
@@ -209,21 +281,22 @@ class AttackerPool:
         self.push = [torch.zeros_like(weight) for weight in self.weights.values()]
         self.lives = [0] * options.attackers
         self.attackers: list[_Attacker | None] = [None] * options.attackers
+        self._attack = _Attack(model)
 
     def domain(self, slot: int) -> str:
         """Name of the unauthorized domain that a slot attacks."""
-        return list(self.num_classes)[slot % len(self.num_classes)]
+        return self._domains[slot]
 
     def step(
         self,
-        batches: Mapping[str, tuple[Tensor, Tensor]],
+        batches: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
         masks: Callable[[], Mapping[str, Tensor]],
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> list[AttackerStep]:
         """Let every attacker take a step, and collect the defender's direction in :attr:`push`.
 
         Args:
-            batches: Pixel values [N, 3, H, W] and labels [N] by domain.
+            batches: Pixel values [N, 3, H, W] and labels [N] of every micro-batch on this process, by domain.
             masks: Gives the present boolean pruning mask by weight name, for attackers that are born now.
             autocast: Gives the context of a forward pass.
 
@@ -232,12 +305,13 @@ class AttackerPool:
         """
         torch._foreach_zero_(self.push)
         steps = []
-        for slot in range(len(self.lives)):
-            images, labels = self._slice(slot, *batches[self.domain(slot)])
-            if not len(labels):  # the last batch of an epoch may be too small for all
+        attacks = (self._begin(slot, batches[self.domain(slot)], masks, autocast) for slot in range(len(self.lives)))
+        # All messages are under way before the first is waited for: ranks compute different attackers meanwhile.
+        for attack in attacks if PartialState().num_processes == 1 else list(attacks):
+            if attack is None:
                 continue
-            attacker = self._living(slot, masks)
-            loss, gradients = self._gradients(attacker, images, labels, autocast())
+            slot, attacker, result = attack
+            loss, gradients = result()
             if attacker.age >= self.options.attacker_patience:  # a newborn one only fits its head
                 # A factor instead of a branch: no wait for the device.
                 denied = loss < self.chance[self.domain(slot)] - _MARGIN
@@ -249,12 +323,36 @@ class AttackerPool:
                 self.lives[slot] += 1
         return steps
 
-    def _slice(self, slot: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Part of a domain's batch that belongs to a slot: its attackers share the batch out among them."""
-        domains = len(self.num_classes)
-        parts = len(range(slot % domains, len(self.lives), domains))
-        place = slot // domains
-        return images.tensor_split(parts)[place], labels.tensor_split(parts)[place]
+    def _begin(
+        self,
+        slot: int,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        masks: Callable[[], Mapping[str, Tensor]],
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> tuple[int, _Attacker, Callable[[], tuple[Tensor, list[Tensor]]]] | None:
+        """Compute a slot's gradients on this process and send them on their way; None where no process has images."""
+        own = [self._rows(slot, len(labels)) for _, labels in batches]
+        total = sum(count for _, count in own)
+        if not total:  # the last batch of an epoch may be too small for all
+            return None
+        attacker = self._living(slot, masks)
+        parts = [(images[rows], labels[rows]) for (images, labels), (rows, _) in zip(batches, own, strict=True)]
+        images, labels = map(torch.cat, zip(*parts, strict=True))
+        return slot, attacker, _summed(*self._gradients(attacker, images, labels, total, autocast))
+
+    def _rows(self, slot: int, rows: int) -> tuple[slice, int]:
+        """Rows on this process that belong to a slot, and how many do on all, if every process has ``rows``.
+
+        The attackers of a domain share the rows of all processes out among them, in order: which images an attacker
+        gets does not depend on how many processes there are.
+        """
+        state, domain = PartialState(), self._domains[slot]
+        places, place = self._domains.count(domain), self._domains[:slot].count(domain)
+        size, longer = divmod(state.num_processes * rows, places)
+        begin = place * size + min(place, longer)
+        count = size + (place < longer)
+        first = state.process_index * rows
+        return slice(*(min(max(end - first, 0), rows) for end in (begin, begin + count))), count
 
     def _living(self, slot: int, masks: Callable[[], Mapping[str, Tensor]]) -> _Attacker:
         attacker = self.attackers[slot]
@@ -284,58 +382,53 @@ class AttackerPool:
         return attacker
 
     def _gradients(
-        self, attacker: _Attacker, images: Tensor, labels: Tensor, autocast: AbstractContextManager[Any]
+        self,
+        attacker: _Attacker,
+        images: Tensor,
+        labels: Tensor,
+        total: int,
+        autocast: Callable[[], AbstractContextManager[Any]],
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the attacker's cross-entropy at its own weights, and the gradients of those and of its head."""
-        values = self._values(attacker)
-        leaves = [value.requires_grad_() for value in values.values()]
-        head = {name: tensor.detach().requires_grad_() for name, tensor in attacker.head.items()}
-        with frozen_batch_norm_statistics(self.model), recorded_features(self.head) as features, autocast:
-            functional_call(self.model, values, (), {"pixel_values": images})
-        logits = F.linear(features[-1].float(), head["weight"], head["bias"])
-        loss = F.cross_entropy(logits, labels)
-        leaves += head.values()
-        gradients = list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
-        for name, gradient in zip(values, gradients, strict=False):
-            if name in attacker.masks:
-                gradient.mul_(attacker.masks[name])
-        return self._averaged(loss.detach(), gradients)
+        """Return the attacker's cross-entropy at its own weights, and the gradients of those and of its head.
+
+        Both are this process's part of the mean over ``total`` images: 0 where it has none of them.
+        """
+        if not len(labels):
+            return self.head.weight.new_zeros(()), [torch.zeros_like(tensor) for tensor in attacker.trained()]
+        values = {f"model.{name}": value.requires_grad_() for name, value in self._values(attacker).items()}
+        leaves = [*values.values(), *(tensor.detach().requires_grad_() for tensor in attacker.head.values())]
+        arguments = (images, labels, total, self.head, leaves, autocast())
+        loss, gradients = functional_call(self._attack, values, arguments)
+        self._mask(gradients, attacker.masks)
+        return loss, gradients
 
     @torch.no_grad()
     def _values(self, attacker: _Attacker) -> dict[str, Tensor]:
         """Weights at which the attacker is, by name."""
         moved = self._following(attacker)
         torch._foreach_add_(moved, list(attacker.offsets.values()))
-        values = dict(zip(self.weights, moved, strict=True))
-        for name, mask in attacker.masks.items():
-            values[name].mul_(mask)
-        return values
+        self._mask(moved, attacker.masks)
+        return dict(zip(self.weights, moved, strict=True))
 
     @torch.no_grad()
     def _following(self, attacker: _Attacker) -> list[Tensor]:
         """Part of the present weights that the attacker follows: c W."""
         factors = [attacker.kept.get(name, 1.0) for name in self.weights]
         parts = list(torch._foreach_mul(list(self.weights.values()), factors))
-        for name, part in zip(self.weights, parts, strict=True):
-            if name in attacker.followed:
-                part.mul_(attacker.followed[name])
+        self._mask(parts, attacker.followed)
         return parts
 
-    @staticmethod
-    def _averaged(loss: Tensor, gradients: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Average over ranks, in one message."""
-        flat = torch.cat([loss.reshape(1), *(gradient.flatten() for gradient in gradients)])
-        flat = reduce(flat, reduction="mean")
-        parts = flat.split([1, *(gradient.numel() for gradient in gradients)])
-        return parts[0][0], [part.view_as(g) for part, g in zip(parts[1:], gradients, strict=True)]
+    def _mask(self, tensors: Sequence[Tensor], masks: Mapping[str, Tensor]) -> None:
+        """Multiply those of ``tensors``, which begin with one per weight, that have a mask by it, in place."""
+        masked = [(tensor, masks[name]) for name, tensor in zip(self.weights, tensors, strict=False) if name in masks]
+        if masked:
+            torch._foreach_mul_(*map(list, zip(*masked, strict=True)))
 
     def _deny(self, attacker: _Attacker, gradients: Sequence[Tensor], denied: Tensor) -> None:
         """Add the direction of W in which the attacker's loss rises, at length 1 (written as steps that descend)."""
         factors = [attacker.kept.get(name, 1.0) for name in self.weights]
         felt = list(torch._foreach_mul(list(gradients[: len(factors)]), factors))
-        for name, gradient in zip(self.weights, felt, strict=True):
-            if name in attacker.followed:
-                gradient.mul_(attacker.followed[name])
+        self._mask(felt, attacker.followed)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(felt)))
         torch._foreach_sub_(self.push, torch._foreach_mul(felt, denied / norm.clamp_min(1e-6)))
 

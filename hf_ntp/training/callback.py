@@ -22,9 +22,15 @@ class Protector(Protocol):
     def complete_pruning(self) -> None:
         """Make sure the requested sparsity is reached."""
 
+    def end_step(self) -> bool:
+        """Check the step that was taken; tell whether to save and leave."""
+
+    def leave(self) -> None:
+        """End the process where that was asked for, now that a checkpoint is written."""
+
 
 class PruningCallback(TrainerCallback):
-    """Delegates Trainer's events to the trainer: epoch order, ADMM penalty, Z-steps, mask."""
+    """Delegates Trainer's events to the trainer: epoch order, ADMM penalty, Z-steps, mask, signals."""
 
     def __init__(self, trainer: Protector) -> None:
         self.trainer = trainer
@@ -46,6 +52,17 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         """Advance pruning; ``global_step`` does not count this step yet."""
         self.trainer.advance_pruning(state.global_step + 1, state.max_steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop a run that is broken, save one that shall end."""
+        if self.trainer.end_step():
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave if asked to."""
+        self.trainer.leave()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

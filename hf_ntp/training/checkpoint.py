@@ -26,12 +26,11 @@ def save_state(
     pruner: ADMMPruner,
     heads: Mapping[str, TargetHead],
     pool: AttackerPool | None,
-    source_excess: float,
-    settings: Mapping[str, Any],
+    scalars: Mapping[str, Any],
 ) -> None:
-    """Write ADMM state, target heads, simulated attackers and the settings of the run into a checkpoint folder."""
+    """Write ADMM state, target heads, simulated attackers and JSON-ready ``scalars`` into a checkpoint folder."""
     groups = {"pruner": pruner.tensors()} | {f"head:{name}": head.tensors() for name, head in heads.items()}
-    scalars = {"pruner": pruner.scalars(), "source_excess": source_excess, "settings": settings}
+    scalars = {**scalars, "pruner": pruner.scalars()}
     if pool is not None:
         groups["attackers"], scalars["attackers"] = pool.tensors(), pool.scalars()
     tensors = {f"{group}/{name}": tensor for group, part in groups.items() for name, tensor in part.items()}
@@ -63,8 +62,10 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def load_state(folder: Path, pruner: ADMMPruner, heads: Mapping[str, TargetHead], pool: AttackerPool | None) -> float:
-    """Restore what :func:`save_state` wrote and return the source excess; see :func:`check_settings`."""
+def load_state(
+    folder: Path, pruner: ADMMPruner, heads: Mapping[str, TargetHead], pool: AttackerPool | None
+) -> dict[str, Any]:
+    """Restore what :func:`save_state` wrote and return the scalars; see :func:`check_settings`."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in load_file(folder / TENSORS_FILE).items():
         group, _, key = name.rpartition("/")
@@ -75,7 +76,7 @@ def load_state(folder: Path, pruner: ADMMPruner, heads: Mapping[str, TargetHead]
         pool.load(groups.get("attackers", {}), scalars["attackers"])
     for name, head in heads.items():
         head.load(groups[f"head:{name}"])
-    return float(scalars["source_excess"])
+    return scalars
 
 
 def load_weights_strictly(model: PreTrainedModel, folder: str) -> None:

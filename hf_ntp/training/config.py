@@ -16,6 +16,7 @@ _FREE = {
     "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "eval_on_start",
     "per_device_eval_batch_size", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_strategy",
     "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "dataloader_num_workers", "local_rank",
+    "logging_nan_inf_filter",
 }  # fmt: skip
 
 
@@ -31,6 +32,8 @@ _REFUSED = {
     "load_best_model_at_end": "The checkpoint with the best source accuracy is often one from before the mask was "
     "fixed; only the last weights have the sparsity and the protection.",
     "save_only_model": "Without the optimizer an interrupted run could not end as if it had not been interrupted.",
+    "enable_jit_checkpoint": "It saves amid a step and then ends as if training were complete; SIGTERM and Ctrl-C are "
+    "answered anyway, by a checkpoint that resumes exactly.",
     "auto_find_batch_size": "A second attempt would start from weights that the first one changed.",
 }
 
@@ -41,7 +44,8 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
 
     Defaults that differ from `TrainingArguments`: ``learning_rate`` 1e-3 (as published),
     ``remove_unused_columns`` False (batches hold two domains), ``per_device_train_batch_size`` 32 (source images per
-    step; as many of every target come on top), ``dataloader_pin_memory`` False. ``weight_decay`` never acts on
+    step; as many of every target come on top), ``dataloader_pin_memory`` False, ``logging_nan_inf_filter`` False (it
+    waits for the device at every step, and a loss that is not finite ends the run). ``weight_decay`` never acts on
     prunable weights while ADMM does.
 
     Raises:
@@ -56,12 +60,15 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
         default=32, metadata={"help": "Source images per device and step; every target adds as many."}
     )
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin memory of data loaders."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Of no use here: a loss that is not finite ends the run."}
+    )
 
     def __post_init__(self) -> None:
         """Check the method's options, then let `TrainingArguments` check its own."""
         ProtectionArguments.__post_init__(self)
         for option, why in _REFUSED.items():
-            if getattr(self, option):
+            if getattr(self, option, False):
                 raise ValueError(f"{option} is True; needed: False. {why}")
         if self.push_to_hub and self.hub_strategy != "end":
             raise ValueError(
@@ -79,6 +86,12 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
                 "loss scale of their own. Use bf16, or attackers=0."
             )
         TrainingArguments.__post_init__(self)
+        checkpointing: Any = self.gradient_checkpointing_kwargs or {}
+        if self.attackers and checkpointing.get("use_reentrant"):
+            raise ValueError(
+                f"gradient_checkpointing_kwargs has use_reentrant=True with {self.attackers} simulated attackers, "
+                "whose gradients PyTorch cannot compute that way; needed: False, the default, or attackers=0."
+            )
         if self.hub_private_repo is None:
             # Trainer creates the repository when training starts; who wants the world to see it says so.
             self.hub_private_repo = True

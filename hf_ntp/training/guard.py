@@ -9,7 +9,6 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from ..functional import FeatureDistance, feature_distance
 from ..models import find_head, frozen_batch_norm_statistics, recorded_features
 from .arguments import ProtectionArguments
+from .distributed import average, gather_rows
 
 _MEMORY = 0.9
 
@@ -49,7 +49,7 @@ class Guard:
         return (2 - self.excess / (first * (last / first) ** progress)).clamp(0, 1)
 
     def _note(self, worse: Tensor) -> None:
-        self.excess = torch.lerp(reduce(worse, reduction="mean"), self.excess, _MEMORY)
+        self.excess = torch.lerp(worse, self.excess, _MEMORY)
 
 
 class SourceGuard(Guard):
@@ -83,7 +83,7 @@ class SourceGuard(Guard):
         with torch.no_grad():
             teacher = self.original(pixel_values=images).logits.float()
             worse = F.cross_entropy(logits.float(), labels) - F.cross_entropy(teacher, labels)
-            self._note(worse)
+            self._note(average(worse))
         student, teacher = F.log_softmax(logits.float(), -1), F.log_softmax(teacher, -1)
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
@@ -104,7 +104,7 @@ class FeatureGuard(Guard):
         self._norms = [module for module in self.original.modules() if isinstance(module, _BatchNorm)]
 
     def match(self, images: Tensor, features: Tensor) -> Tensor:
-        """Note the excess on a source batch, averaged over ranks, and return the loss that keeps the features.
+        """Note the excess on a source batch, that of all ranks, and return the loss that keeps the features.
 
         Args:
             images: Pixel values [N, 3, H, W].
@@ -118,7 +118,7 @@ class FeatureGuard(Guard):
         return distance.sum()
 
     def distance(self, images: Tensor, features: Tensor, batch_statistics: bool = False) -> FeatureDistance:
-        """Distance of features [N, D] from the original's on the same images.
+        """Distance of features [N, D] from the original's on the same images, over the rows of all ranks.
 
         Args:
             images: Pixel values [N, 3, H, W].
@@ -130,7 +130,7 @@ class FeatureGuard(Guard):
         frozen = frozen_batch_norm_statistics(self.original)
         with torch.no_grad(), frozen, recorded_features(self._head) as reference:
             self.original(pixel_values=images)
-        return feature_distance(features, reference[-1])
+        return feature_distance(*gather_rows(features, reference[-1]))
 
 
 def _frozen_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -1,5 +1,7 @@
 """The objective on one batch: authorized loss, non-transferable loss and Fisher term (NTP, ECCV 2024, section 3).
 
+Where several processes hold a part of the batch each, every term is that of the whole batch.
+
 L = L_S + kappa * L_D  +  alpha * L_N  +  lambda * R_F  +  gamma * R_C
 
 L_D (distillation from the original model, see `guard.py`) and R_C (collapse of target tokens) are ours. The
@@ -13,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import gather
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,13 +27,14 @@ from ..functional import (
     whitened_discriminant,
 )
 from .arguments import ProtectionArguments
+from .distributed import average, gather_rows
 from .target_head import TargetHead
 
 _FISHER = {"trace_ratio": trace_ratio, "whitened": whitened_discriminant}
 
 
 class TargetBatch(NamedTuple):
-    """One unauthorized domain's part of a batch."""
+    """One unauthorized domain's part of a batch, as far as it lies on this process."""
 
     features: Tensor
     """What enters the head, [N, D]."""
@@ -55,14 +59,20 @@ def non_transferable_loss(logits: Tensor, labels: Tensor, options: ProtectionArg
     return clamped_ascent(attacker, bound), attacker.detach()
 
 
-def fisher_term(batch: TargetBatch, num_classes: int, options: ProtectionArguments) -> Tensor:
+def fisher_term(batch: TargetBatch, labels: Tensor, num_classes: int, options: ProtectionArguments) -> Tensor:
     """Fisher criterion of the target features, averaged over the levels it acts on: a scalar to be minimised.
 
     With the stages, class information cannot survive inside the encoder where fine-tuning would bring it out again.
+
+    Args:
+        batch: This process's part.
+        labels: Those of all processes, [ranks * N].
+        num_classes: Classes of the domain.
+        options: Those that begin with ``fisher``.
     """
     stages = [tokens.mean(1) for tokens in batch.tokens] if options.fisher_level == "stages" else []
     by_width: dict[int, list[Tensor]] = {}
-    for level in (*stages, batch.features):
+    for level in gather_rows(*stages, batch.features):
         by_width.setdefault(level.shape[1], []).append(level)
     # Levels of one width are computed together: small matrices one by one are all overhead.
     terms = []
@@ -71,7 +81,7 @@ def fisher_term(batch: TargetBatch, num_classes: int, options: ProtectionArgumen
         if options.fisher == "whitened":
             # Shrinkage alike in all directions would leave class information in those of small variance.
             together = standardized(together)
-        terms.append(_FISHER[options.fisher](together, batch.labels, num_classes, options.fisher_shrinkage))
+        terms.append(_FISHER[options.fisher](together, labels, num_classes, options.fisher_shrinkage))
     return torch.cat(terms).mean()
 
 
@@ -84,7 +94,8 @@ def standardized(features: Tensor) -> Tensor:
 
 def collapse_term(target: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
     """Collapse of target tokens relative to source tokens, averaged over the blocks: a scalar in nats."""
-    return torch.stack([relative_collapse(t, s) for t, s in zip(target, source, strict=True)]).mean()
+    pairs = zip(target, source, strict=True)
+    return torch.stack([relative_collapse(t, s, average=average) for t, s in pairs]).mean()
 
 
 def target_terms(
@@ -92,6 +103,7 @@ def target_terms(
     source_tokens: Sequence[Tensor],
     heads: Mapping[str, TargetHead],
     options: ProtectionArguments,
+    shares: Sequence[float],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Refit the heads and compute what is added to the source loss, averaged over the unauthorized domains.
 
@@ -100,26 +112,28 @@ def target_terms(
         source_tokens: Output of every block on the source part, as in :attr:`TargetBatch.tokens`.
         heads: Simulated attacker's head by domain.
         options: Weights and kinds of the terms.
+        shares: Of the domains in the average; they sum to 1.
 
     Returns:
         The weighted sum to minimise and the single terms for the log (detached scalars).
     """
     log: dict[str, Tensor] = {}
     sums: list[Tensor] = []
-    for name, batch in batches.items():
+    for (name, batch), share in zip(batches.items(), shares, strict=True):
         suffix = f"_{name}" if len(batches) > 1 else ""
-        head = heads[name]
+        head, labels = heads[name], gather(batch.labels)
         if options.target_weight:
-            head.refit(batch.features, batch.labels, options.target_head_steps)
-            loss, attacker = non_transferable_loss(head(batch.features), batch.labels, options)
+            (features,) = gather_rows(batch.features)
+            head.refit(features, labels, options.target_head_steps)
+            loss, attacker = non_transferable_loss(head(features), labels, options)
             log |= {f"target_loss{suffix}": attacker, f"non_transferable_loss{suffix}": loss.detach()}
-            sums.append(options.target_weight * loss)
+            sums.append(share * options.target_weight * loss)
         if options.fisher_weight:
-            fisher = fisher_term(batch, head.linear.out_features, options)
+            fisher = fisher_term(batch, labels, head.linear.out_features, options)
             log[f"fisher_loss{suffix}"] = fisher.detach()
-            sums.append(options.fisher_weight * fisher)
+            sums.append(share * options.fisher_weight * fisher)
         if options.collapse_weight:
             collapse = collapse_term(batch.tokens, source_tokens)
             log[f"collapse_loss{suffix}"] = collapse.detach()
-            sums.append(options.collapse_weight * collapse)
-    return torch.stack(sums).sum() / len(batches), log
+            sums.append(share * options.collapse_weight * collapse)
+    return torch.stack(sums).sum(), log

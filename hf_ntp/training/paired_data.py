@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import BaseImageProcessor, default_data_collator
 
-from ..data import PixelDataset, check_labels, check_target
+from ..data import PixelDataset, check_labels, check_target, fetch_rows
 
 ImageData: TypeAlias = datasets.Dataset | Dataset
 Index = tuple[int, int, tuple[tuple[int, ...], ...]]
@@ -30,6 +30,7 @@ class PairedDataset(Dataset):
         targets: Unauthorized data by domain name; items are dicts with both.
         source_transform: Augmentation of source batches; its randomness is seeded by epoch and row, not by history.
         seed: Seed of the run.
+        compared: Whether a term looks at target images; if not, only those of the attackers are read.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class PairedDataset(Dataset):
         targets: Mapping[str, Dataset],
         source_transform: Transform | None = None,
         seed: int = 0,
+        compared: bool = True,
     ) -> None:
         self.source = source
         self.targets = dict(targets)
         self.source_transform = source_transform
         self.seed = seed
+        self.compared = compared
 
     def __len__(self) -> int:
         return length_of(self.source)
@@ -60,7 +63,8 @@ class PairedDataset(Dataset):
         batch["targets"], batch["attacked"] = {}, {}
         for i, (name, dataset) in enumerate(self.targets.items()):
             rows = [targets[i] for _, _, targets in indices]
-            batch["targets"][name] = _batch(dataset, [first for first, *_ in rows])
+            if self.compared:
+                batch["targets"][name] = _batch(dataset, [first for first, *_ in rows])
             if spare := [row for _, *rest in rows for row in rest]:
                 batch["attacked"][name] = _batch(dataset, spare)
         return batch
@@ -82,10 +86,20 @@ class PairedSampler(Sampler[Index]):
         target_sizes: Rows of every target.
         seed: Seed of the run.
         draws: Rows of every target beside one source row: the first for the objective, the rest for the attackers.
+        source_parts: Sizes of the domains that the source is joined of, and the share of an epoch that each has: then
+            rows of some come several times and not all of others.
     """
 
-    def __init__(self, source_size: int, target_sizes: Sequence[int], seed: int, draws: int = 1) -> None:
+    def __init__(
+        self,
+        source_size: int,
+        target_sizes: Sequence[int],
+        seed: int,
+        draws: int = 1,
+        source_parts: Sequence[tuple[int, float]] = (),
+    ) -> None:
         self.source_size = source_size
+        self.source_parts = list(source_parts)
         self.target_sizes = list(target_sizes)
         self.draws = draws
         self.seed = seed
@@ -99,16 +113,24 @@ class PairedSampler(Sampler[Index]):
         return self.source_size
 
     def __iter__(self) -> Iterator[Index]:
-        sources, *targets = (
-            _shuffled(size, draws * self.source_size, np.random.default_rng([self.seed, self.epoch, stream]))
-            .reshape(draws, self.source_size)
+        sources = self._sources(np.random.default_rng([self.seed, self.epoch, 0])).tolist()
+        targets = (
+            _shuffled(size, self.draws * self.source_size, np.random.default_rng([self.seed, self.epoch, stream]))
+            .reshape(self.draws, self.source_size)
             .T.tolist()
-            for stream, (size, draws) in enumerate(
-                [(self.source_size, 1), *((size, self.draws) for size in self.target_sizes)]
-            )
+            for stream, size in enumerate(self.target_sizes, start=1)
         )
-        for (source,), *rows in zip(sources, *targets, strict=True):
+        for source, *rows in zip(sources, *targets, strict=True):
             yield self.epoch, source, tuple(tuple(drawn) for drawn in rows)
+
+    def _sources(self, rng: np.random.Generator) -> np.ndarray:
+        if not self.source_parts:
+            return rng.permutation(self.source_size)
+        sizes, shares = zip(*self.source_parts, strict=True)
+        counts = np.diff(np.rint(self.source_size * np.cumsum([0.0, *shares])).astype(int))
+        starts = np.cumsum([0, *sizes])
+        rows = [s + _shuffled(n, count, rng) for s, n, count in zip(starts, sizes, counts, strict=False) if count]
+        return rng.permutation(np.concatenate(rows))
 
 
 def _shuffled(size: int, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -119,8 +141,7 @@ def _shuffled(size: int, length: int, rng: np.random.Generator) -> np.ndarray:
 
 def _batch(dataset: Dataset, indices: list[int]) -> dict[str, Any]:
     """Collate the rows of ``indices``; pixels that are not finite are an error (stored uint8 pixels always are)."""
-    fetch = getattr(dataset, "__getitems__", None)
-    batch = default_data_collator(fetch(indices) if fetch else [dataset[index] for index in indices])
+    batch = default_data_collator(fetch_rows(dataset, indices))
     if not isinstance(dataset, PixelDataset) and not bool(torch.isfinite(batch["pixel_values"]).all()):
         broken = (~torch.isfinite(batch["pixel_values"]).flatten(1).all(1)).nonzero()[0].item()
         raise ValueError(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from ..functional import (
     GlobalSelector,
+    LayerSelector,
     add_penalty_gradient_,
     apportion_zeros,
-    cardinality_mask,
     cubic_sparsity,
     dual_residual,
     hard_anchor,
@@ -40,25 +41,57 @@ class ZStep(NamedTuple):
     """Fraction of zeros in Z."""
 
 
+MaskRule = Callable[[int, Tensor], Tensor]
+
+
 def mask_rule(
-    tensors: Callable[[], Iterable[Tensor]], pattern: str, sparsity: float
-) -> Callable[[int, Tensor], Tensor]:
+    tensors: Callable[[], Iterable[Tensor]], sizes: Sequence[int], pattern: str, sparsity: float
+) -> MaskRule:
     """Return ``rule(i, tensor)``, the mask of the i-th tensor; call it for one tensor after another, in order.
 
     Args:
         tensors: Gives the tensors one after another, as often as it is called.
+        sizes: Their numbers of entries.
         pattern: "layer" or "l1" (every layer at the same sparsity), "global" (one budget for all), or "N:M".
         sparsity: Fraction of zeros. Below the final one an N:M pattern keeps more than N of every M.
     """
     if pattern == "global":
-        select = GlobalSelector(tensors, sparsity)
+        select = GlobalSelector(lambda: map(_whole, tensors()), sparsity)
         return lambda i, tensor: select(tensor)
     if n_m := parse_n_m(pattern):
         n, m = n_m
         kept = max(n, round(m * (1 - sparsity)))
         return lambda i, tensor: n_m_mask(tensor, kept, m)
-    zeros = apportion_zeros([tensor.numel() for tensor in tensors()], sparsity)
-    return lambda i, tensor: cardinality_mask(tensor, zeros[i])
+    return LayerSelector(apportion_zeros(sizes, sparsity))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _shard(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _cut_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Cut a tensor that is whole on all ranks as ``like`` is cut; no message is needed."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    whole = DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return whole.redistribute(placements=like.placements)
+
+
+def _sum_over_shards(sums: Tensor, like: Tensor) -> Tensor:
+    """Add up what every rank has of a tensor that is cut as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return sums
+    placements = [Partial() if placement.is_shard() else placement for placement in like.placements]
+    return DTensor.from_local(sums, like.device_mesh, placements, run_check=False).full_tensor()
+
+
+def _mask(rule: MaskRule, i: int, tensor: Tensor) -> Tensor:
+    """Mask of the i-th tensor, cut as it is: thresholds and ties are those of the whole, of one layer at a time."""
+    return _cut_like(rule(i, _whole(tensor)), tensor)
 
 
 def check_pattern(weights: Mapping[str, Tensor], pattern: str) -> None:
@@ -77,7 +110,8 @@ class ADMMPruner:
     """Prunes ``weights`` gradually by ADMM, then fixes the mask.
 
     One tensor per weight is kept (see :mod:`hf_ntp.functional.admm`): the anchor Z - U for hard patterns, W + U for
-    "l1", and after :meth:`finish` the mask itself, in the same storage.
+    "l1", and after :meth:`finish` the mask itself, in the same storage. Where the weights are shards (DTensor, FSDP2),
+    so is that tensor, and every rank has to make every call.
 
     Args:
         weights: Prunable parameters by name, on their final device.
@@ -104,6 +138,7 @@ class ADMMPruner:
         self.finished = False
         # A first Z-step with U = 0: X = W; at sparsity 0 a hard projection leaves Z = W, and the anchor is W too.
         self.stored = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self._present: LayerSelector | None = None
 
     @property
     def _soft(self) -> bool:
@@ -126,17 +161,25 @@ class ADMMPruner:
             anchors = [soft_anchor(x, self.threshold) for x in anchors]
         add_penalty_gradient_(gradients, weights, anchors, self.rho)
 
-    def _rule(self, sparsity: float, shifted: bool) -> Callable[[int, Tensor], Tensor]:
-        """Mask rule over the stored tensors, or over W + U."""
-        tensors: Callable[[], Iterable[Tensor]] = self._shifted if shifted else self.stored.values
-        return mask_rule(tensors, self.pattern, sparsity)
+    def _sizes(self) -> list[int]:
+        return [weight.numel() for weight in self.weights.values()]
+
+    def _old_rule(self) -> MaskRule:
+        """Give the mask of Z by the stored tensors: the rule that made it, where it can be used again."""
+        return self._present or mask_rule(self.stored.values, self._sizes(), self.pattern, self.sparsity)
+
+    def _new_rule(self, sparsity: float) -> MaskRule:
+        """Give the mask of the next Z by W + U."""
+        return mask_rule(self._shifted, self._sizes(), self.pattern, sparsity)
 
     def _shifted(self) -> Iterator[Tensor]:
         """Give W + U of one layer after another."""
-        old = self._rule(self.sparsity, shifted=False)
+        old = self._old_rule()
         for i, (weight, stored) in enumerate(zip(self.weights.values(), self.stored.values(), strict=True)):
-            dual = soft_dual(stored, self.threshold) if self._soft else hard_dual(stored, old(i, stored))
-            yield weight + dual
+            if self._soft:
+                yield weight + soft_dual(stored, self.threshold)
+            else:
+                yield weight + hard_dual(stored, stored * _mask(old, i, stored))
 
     @torch.no_grad()
     def update(self, progress: float) -> ZStep:
@@ -149,7 +192,7 @@ class ADMMPruner:
         """
         self._require_unfinished("update")
         sparsity = cubic_sparsity(progress, self.final_sparsity)
-        old, new = self._rule(self.sparsity, shifted=False), self._rule(sparsity, shifted=True)
+        old, new = self._old_rule(), self._new_rule(sparsity)
         sums = torch.zeros(4, device=next(iter(self.weights.values())).device)
         for i, (weight, stored) in enumerate(zip(self.weights.values(), self.stored.values(), strict=True)):
             if self._soft:
@@ -157,18 +200,20 @@ class ADMMPruner:
                 stored.copy_(weight + soft_dual(stored, self.threshold))
                 sparse, anchor = soft_threshold(stored, self.threshold), soft_anchor(stored, self.threshold)
             else:
-                old_mask = old(i, stored)
-                previous = stored * old_mask
-                shifted = weight + hard_dual(stored, old_mask)
-                mask = new(i, shifted)
-                sparse, anchor = shifted * mask, stored.copy_(hard_anchor(shifted, mask))
-            sums[0] += primal_residual(weight, sparse)
-            sums[1] += dual_residual(sparse, previous, self.rho)
-            sums[2] += penalty(weight, anchor, self.rho)
-            sums[3] += (sparse == 0).sum()
+                previous = stored * _mask(old, i, stored)
+                shifted = hard_dual(stored, previous).add_(weight)
+                sparse = shifted * _mask(new, i, shifted)
+                anchor = stored.copy_(hard_anchor(shifted, sparse))
+            w, z, before, v = map(_shard, (weight, sparse, previous, anchor))
+            sums[0] += primal_residual(w, z)
+            sums[1] += dual_residual(z, before, self.rho)
+            sums[2] += penalty(w, v, self.rho)
+            sums[3] += z.numel() - z.count_nonzero()
+        sums = _sum_over_shards(sums, weight)
         self.sparsity = sparsity
-        total = sum(weight.numel() for weight in self.weights.values())
-        return ZStep(sums[0].sqrt(), sums[1].sqrt(), sums[2], sums[3] / total)
+        # Stored and shifted tensors have equal magnitudes.
+        self._present = new if isinstance(new, LayerSelector) and not self._soft else None
+        return ZStep(sums[0].sqrt(), sums[1].sqrt(), sums[2], sums[3] / sum(self._sizes()))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -178,10 +223,10 @@ class ADMMPruner:
             RuntimeError: If the mask is already fixed.
         """
         self._require_unfinished("finish")
-        new, shifted = self._rule(self.final_sparsity, shifted=True), self._shifted()
+        new, shifted = self._new_rule(self.final_sparsity), self._shifted()
         for i, (weight, stored) in enumerate(zip(self.weights.values(), self.stored.values(), strict=True)):
             x = next(shifted)
-            mask = new(i, x)
+            mask = _mask(new, i, x)
             weight.copy_(x * mask)
             stored.copy_(mask)
         self.sparsity = self.final_sparsity
@@ -190,7 +235,7 @@ class ADMMPruner:
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
         """Present boolean mask of every weight: that of Z, and once pruning has finished the fixed one."""
-        rule = self._rule(self.sparsity, shifted=False)
+        rule = self._old_rule()
         found = {}
         for i, (name, stored) in enumerate(self.stored.items()):
             if self.finished:
@@ -198,7 +243,7 @@ class ADMMPruner:
             elif self._soft:
                 found[name] = soft_threshold(stored, self.threshold) != 0
             else:
-                found[name] = rule(i, stored).bool()
+                found[name] = _mask(rule, i, stored).bool()
         return found
 
     @torch.no_grad()
@@ -221,7 +266,7 @@ class ADMMPruner:
         return {"sparsity": self.sparsity, "finished": self.finished}
 
     def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, float | bool]) -> None:
-        """Restore what :meth:`tensors` and :meth:`scalars` gave.
+        """Restore what :meth:`tensors` and :meth:`scalars` gave; tensors may be whole where the weights are shards.
 
         Raises:
             ValueError: If the tensors belong to other weights.
@@ -233,5 +278,6 @@ class ADMMPruner:
                 "model, prune_include and prune_exclude of the run that wrote it."
             )
         for name, stored in self.stored.items():
-            stored.copy_(tensors[name])
+            stored.copy_(_cut_like(tensors[name], stored))
+        self._present = None
         self.sparsity, self.finished = float(scalars["sparsity"]), bool(scalars["finished"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,7 +40,7 @@ class TargetHead(nn.Module):
 
     @torch.no_grad()
     def refit(self, features: Tensor, labels: Tensor, steps: int) -> None:
-        """Take ``steps`` Adam steps on the cross-entropy of features [N, D]; ranks average gradients.
+        """Take ``steps`` Adam steps on the cross-entropy of features [N, D], those of all ranks.
 
         The gradient of a softmax regression is written out, which costs a fraction of building a graph for it.
         """
@@ -49,8 +48,8 @@ class TargetHead(nn.Module):
         wanted = F.one_hot(labels, self.linear.out_features)
         for _ in range(steps):
             error = (self(features).softmax(-1) - wanted) / len(labels)
-            self.linear.weight.grad = reduce(error.T @ features, reduction="mean")
-            self.linear.bias.grad = reduce(error.sum(0), reduction="mean")
+            self.linear.weight.grad = error.T @ features
+            self.linear.bias.grad = error.sum(0)
             self.optimizer.step()
 
     def forward(self, features: Tensor) -> Tensor:

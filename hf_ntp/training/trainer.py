@@ -7,9 +7,9 @@ import json
 import logging
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,11 +25,14 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainerCallback,
+    TrainerState,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from ..data import check_labels
+from ..interruption import KeptSignals
 from ..models import (
+    blocks_of,
     check_precision,
     find_head,
     frozen_batch_norm_statistics,
@@ -43,10 +46,13 @@ from ..models import (
     with_head,
     zero_fraction,
 )
-from .attackers import AttackerPool
+from ..run_folder import remove, writing
+from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
 from .checkpoint import check_settings, load_state, load_weights_strictly, save_state
 from .config import NTPConfig
+from .distributed import check_processes
+from .domains import Joined, check_task, classifies, shares_of, source_domain, target_domains
 from .guard import FeatureGuard, SourceGuard
 from .objective import TargetBatch, target_terms
 from .paired_data import (
@@ -54,15 +60,15 @@ from .paired_data import (
     PairedDataset,
     PairedSampler,
     Transform,
-    as_pixels,
-    check_images,
     collate,
     evaluation_data,
     labels_of,
     length_of,
 )
 from .pruning import ADMMPruner, check_pattern
+from .pseudo_labels import with_clusters
 from .target_head import TargetHead
+from .terms import Reading, Terms, not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +76,22 @@ logger = logging.getLogger(__name__)
 _STAGING = "_unfinished"
 
 
-def _spare_draws(args: NTPConfig, domains: int) -> int:
+def _spare_draws(args: NTPConfig, domains: Sequence[str], shares: Sequence[float] | None) -> int:
     """Target rows beside every source row that are the attackers': enough for ``attacker_batch_size`` each."""
-    images = math.ceil(args.attackers / domains) * args.attacker_batch_size
-    return math.ceil(images / args.per_device_train_batch_size)
+    if not args.attacker_weight:
+        return 0
+    slots = slot_domains(domains, args.attackers, shares)[: args.attackers]
+    images = max((slots.count(name) for name in slots), default=0) * args.attacker_batch_size
+    return math.ceil(images / (args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size))
+
+
+def _source_parts(source: Dataset, weights: Mapping[str, float] | str | None) -> list[tuple[int, float]]:
+    """Size and share of every authorized domain, where the user wants other shares than those of their images."""
+    if weights is None:
+        return []
+    parts = source.parts if isinstance(source, Joined) else {"train_dataset": source}
+    shares = shares_of(weights, list(parts), "source_weights")
+    return [(length_of(part), share) for part, share in zip(parts.values(), shares or [], strict=True)]
 
 
 def _digest(weights: Iterable[Tensor]) -> str:
@@ -103,12 +121,14 @@ class NTPTrainer(Trainer):
             ``model`` is then an :class:`~hf_ntp.models.EncoderWithHead` around it, which saves as the plain encoder.
         args: Configuration.
         train_dataset: Authorized (source) data: a `datasets.Dataset` with images and labels, or any map-style dataset
-            of "pixel_values" and "labels". Labels are not needed where features are kept (``source_loss``).
+            of "pixel_values" and "labels". Labels are not needed where features are kept (``source_loss``). Several
+            domains come by name; they share the head, so that their classes are the same.
         target_dataset: Unauthorized (target) data, one dataset or several by domain name. Its label set is its own.
+            Labels are not looked at with ``target_access="unlabelled"``; None with ``target_access="none"``.
         eval_dataset: Authorized data for evaluation, as Trainer takes it; without a head, the loss is the distance of
             the features from the original's.
         processing_class: Image processor (PIL backend); needed where a dataset holds images.
-        compute_metrics: As in Trainer; accuracy by default, and nothing without a head.
+        compute_metrics: As in Trainer; accuracy by default, and nothing without a head of classes.
         callbacks: As in Trainer.
         source_transform: Augmentation of authorized training batches: takes pixel values [N, 3, H, W] and a numpy
             Generator, its only source of randomness, and returns the same shape.
@@ -127,8 +147,8 @@ class NTPTrainer(Trainer):
         self,
         model: PreTrainedModel | str,
         args: NTPConfig,
-        train_dataset: ImageData,
-        target_dataset: ImageData | Mapping[str, ImageData],
+        train_dataset: ImageData | Mapping[str, ImageData],
+        target_dataset: ImageData | Mapping[str, ImageData] | None = None,
         eval_dataset: ImageData | dict[str, ImageData] | None = None,
         processing_class: BaseImageProcessor | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = accuracy,
@@ -147,25 +167,41 @@ class NTPTrainer(Trainer):
                 "train with labels, load the checkpoint with AutoModelForImageClassification and train its head first."
             )
         head_name, head = find_head(network, args.head_name)
-        targets = target_dataset if isinstance(target_dataset, Mapping) else {"target": target_dataset}
-        paired = PairedDataset(
-            as_pixels(train_dataset, processing_class, "train_dataset", labelled=not self._matches_features),
-            {name: as_pixels(data, processing_class, f"target {name!r}") for name, data in targets.items()},
-            source_transform,
-            seed=args.seed if args.data_seed is None else args.data_seed,
+        has_classes = not self._headless and classifies(network, head)
+        if not self._matches_features:
+            check_task(network, head)
+        source = source_domain(train_dataset, processing_class, None if self._matches_features else head.out_features)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        targets = target_domains(
+            target_dataset,
+            source,
+            args.target_access,
+            as_labelled=partial(
+                with_clusters,
+                model=network,
+                head=head,
+                num_clusters=args.pseudo_classes,
+                seed=args.seed,
+                device=args.device,
+            ),
+            image_processor=processing_class,
+            source_classes=not self._matches_features,
+            seed=seed,
         )
-        if self._matches_features:
-            check_images(paired.source, "train_dataset")
-        else:
-            check_labels(labels_of(paired.source, "train_dataset"), head.out_features, "train_dataset")
+        compared = any((args.target_weight, args.fisher_weight, args.collapse_weight))
+        paired = PairedDataset(source, targets, source_transform, seed, compared)
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
+        self._check_fit(network, args, len(paired))
+        shares = shares_of(args.target_weights, list(targets), "target_weights")
+        self._target_shares = shares or [1 / len(targets)] * len(targets)
         self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
         check_pattern(self.prunable, args.prune_pattern)
         self.paired_sampler = PairedSampler(
             len(paired),
             [len(labels) for labels in self.target_labels.values()],
             paired.seed,
-            1 + _spare_draws(args, len(targets)),
+            1 + _spare_draws(args, list(targets), shares),
+            _source_parts(source, args.source_weights),
         )
         super().__init__(
             model=network,
@@ -174,7 +210,7 @@ class NTPTrainer(Trainer):
             train_dataset=paired,
             eval_dataset=evaluation_data(eval_dataset, processing_class, labelled=not self._headless),
             processing_class=processing_class,
-            compute_metrics=None if self._headless and compute_metrics is accuracy else compute_metrics,
+            compute_metrics=compute_metrics if has_classes or compute_metrics is not accuracy else None,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -188,6 +224,7 @@ class NTPTrainer(Trainer):
                 f"{args.n_gpu} GPUs would be driven from one process (DataParallel), which splits batches out of "
                 "sight; needed: one process per GPU. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
             )
+        check_processes(args, self.accelerator.distributed_type, network)
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != args.world_size:
             raise ValueError(
@@ -205,14 +242,30 @@ class NTPTrainer(Trainer):
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
         self._original_weights = _digest(p for p in self.model.parameters() if p.requires_grad or not self._headless)
-        self._attacked: dict[str, tuple[Tensor, Tensor]] = {}
-        self._attacker_losses: dict[str, list[Tensor]] = {}
+        self._attacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._batch_norm = has_batch_norm(network)
+        if self._batch_norm and args.gradient_checkpointing:
+            raise ValueError(
+                f"gradient_checkpointing is on and {type(network).__name__} has BatchNorm, whose statistics would see "
+                "the images a second time, those of the target among them; needed: False."
+            )
         self._pruning_log: dict[str, Tensor] = {}
-        self._terms: dict[str, Tensor] = {}
-        self._term_count = 0
-        self._staging = False
+        self._terms = self._new_terms()
+        self._signals = KeptSignals()
+        self._leaving = self._ended = self._staging = False
         self.add_callback(PruningCallback(self))
+
+    @staticmethod
+    def _check_fit(network: PreTrainedModel, args: NTPConfig, rows: int) -> None:
+        """Raise ``ValueError`` for what would only fail amid training."""
+        if args.attackers and args.attacker_weight and args.attacker_informed:
+            blocks_of(network)
+        last = 0 if args.dataloader_drop_last or args.world_size > 1 else rows % args.train_batch_size
+        if has_batch_norm(network) and 1 in (args.per_device_train_batch_size, last):
+            raise ValueError(
+                f"{rows} rows in batches of {args.per_device_train_batch_size} make a batch of one image; needed: at "
+                "least two, or BatchNorm has nothing to average. Set dataloader_drop_last=True or another batch size."
+            )
 
     # Objective
 
@@ -228,15 +281,13 @@ class NTPTrainer(Trainer):
             if self._headless:
                 return self._feature_loss(model, inputs["pixel_values"], return_outputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._pool is not None:
-            self._attacked = {n: (t["pixel_values"], t["labels"]) for n, t in inputs["attacked"].items()}
         logits, features, tokens, targets = self._forward(model, inputs)
         loss, terms = self._source_terms(inputs, logits, features)
         if targets:
-            target_loss, of_targets = target_terms(targets, tokens, self.heads, self.args)
+            target_loss, of_targets = target_terms(targets, tokens, self.heads, self.args, self._target_shares)
             terms |= of_targets
             loss = loss + self._strength() * target_loss
-        self._record(terms)
+        self._terms.add({"loss": loss, **terms})
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _source_terms(
@@ -270,9 +321,7 @@ class NTPTrainer(Trainer):
 
         One pass, or one per domain with BatchNorm.
         """
-        # Without a term that looks at them, target images are the attackers' alone.
-        weights = (self.args.target_weight, self.args.fisher_weight, self.args.collapse_weight)
-        source, targets = inputs["pixel_values"], inputs["targets"] if any(weights) else {}
+        source, targets = inputs["pixel_values"], inputs["targets"]
         labels = {name: target["labels"] for name, target in targets.items()}
         if self._batch_norm:
             logits, (kept, *tokens) = self._encode(model, source)
@@ -308,18 +357,20 @@ class NTPTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Trainer's step; then, once per optimizer step, the simulated attackers act."""
+        """Trainer's step; then, once per optimizer step, the simulated attackers act on its images."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._pool is not None and self.accelerator.sync_gradients:
-            steps = self._pool.step(
-                self._attacked,
-                self.pruner.masks,
-                self.compute_loss_context_manager,
-            )
+        if self._pool is None:
+            return loss
+        images: dict[str, Any] = self._prepare_inputs(inputs["attacked"])
+        for name, target in images.items():
+            self._attacked.setdefault(name, []).append((target["pixel_values"], target["labels"]))
+        if self.accelerator.sync_gradients:
+            attacked, self._attacked = self._attacked, {}
+            steps = self._pool.step(attacked, self.pruner.masks, self.compute_loss_context_manager)
             for step in steps:
-                self._attacker_losses.setdefault("attacker_loss", []).append(step.loss)
+                self._terms.add({"attacker_loss": step.loss})
                 if step.last:
-                    self._attacker_losses.setdefault("attacker_last_loss", []).append(step.loss)
+                    self._terms.add({"attacker_last_loss": step.loss})
         return loss
 
     # Pruning: called by PruningCallback
@@ -349,8 +400,7 @@ class NTPTrainer(Trainer):
         if self._lengths:
             weights = [weight for weight, _ in self._lengths]
             now = torch._foreach_norm(weights)
-            factors = [wanted / length for (_, wanted), length in zip(self._lengths, now, strict=True)]
-            torch._foreach_mul_(weights, factors)
+            torch._foreach_mul_(weights, torch._foreach_div([wanted for _, wanted in self._lengths], now))
 
     def _finish_pruning(self) -> None:
         self.pruner.finish()
@@ -370,11 +420,8 @@ class NTPTrainer(Trainer):
         with torch.no_grad():
             # A mask makes -0.0 of negative weights: the same number, but no zero bits to leave out where it is stored.
             torch._foreach_add_(list(self.prunable.values()), 0.0)
-        if not all(bool(torch.isfinite(weight).all()) for weight in self.prunable.values()):
-            raise FloatingPointError(
-                "the weights are not finite at the end of training; needed: a stable run. Lower learning_rate or "
-                "fisher_weight, and look at the logged terms for the step at which it began."
-            )
+        self._heed(self._terms.read())
+        self._check_state()
         self.model.config.ntp = {
             "method": "non-transferable-pruning",
             "sparsity": zero_fraction(list(self.prunable.values())),
@@ -393,11 +440,11 @@ class NTPTrainer(Trainer):
         Raises:
             ValueError: If ``output_dir`` holds checkpoints of another run, or the one to resume is of another run.
         """
-        output_dir = str(self.args.output_dir)
-        if not resume_from_checkpoint and os.path.isdir(output_dir) and (last := get_last_checkpoint(output_dir)):
+        if not resume_from_checkpoint and (last := self._last_checkpoint()):
             raise ValueError(
-                f"{output_dir} holds checkpoints of another run ({os.path.basename(last)}); needed: a folder without "
-                "any. Choose another output_dir, delete them, or continue that run with resume_from_checkpoint=True."
+                f"{self.args.output_dir} holds checkpoints of another run ({os.path.basename(last)}); needed: a "
+                "folder without any. Choose another output_dir, delete them, or continue that run with "
+                "resume_from_checkpoint=True."
             )
         for head in self.heads.values():
             head.to(self.args.device)
@@ -406,11 +453,23 @@ class NTPTrainer(Trainer):
         )
         if self.args.attackers and self.args.attacker_weight:
             self._pool = AttackerPool(
-                self.model, self._head_name, self._head, self.target_labels, self.args, self.args.seed
+                self.model,
+                self._head_name,
+                self._head,
+                self.target_labels,
+                self.args,
+                self.args.seed,
+                self._target_shares,
             )
-        self._pruning_log, self._terms, self._term_count = {"sparsity": torch.zeros(())}, {}, 0
-        self._attacker_losses = {}
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._pruning_log, self._terms = {"sparsity": torch.zeros(())}, self._new_terms()
+        self._attacked, self._leaving, self._ended = {}, False, False
+        with KeptSignals() as self._signals:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; no epoch is left where the checkpoint is that of the last step: Trainer would take one more."""
+        epochs, *rest = super().set_initial_training_values(*args, **kwargs)
+        return (0 if self._ended else epochs, *rest)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Trainer's choice less the prunable weights: the ADMM penalty is their only shrinkage."""
@@ -419,27 +478,65 @@ class NTPTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return self.paired_sampler
 
-    def _record(self, terms: dict[str, Tensor]) -> None:
-        for name, value in terms.items():
-            self._terms[name] = self._terms.get(name, torch.zeros_like(value)) + value
-        self._term_count += 1
+    def _new_terms(self) -> Terms:
+        return Terms(lambda values: self.accelerator.reduce(values, reduction="mean"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add every loss term (mean since the last log), the residuals and the sparsity to the training log."""
-        if "loss" in logs and self._term_count:
-            means = torch.stack(list(self._terms.values())) / self._term_count
-            means = self.accelerator.reduce(means, reduction="mean")
-            logs |= dict(zip(self._terms, means.tolist(), strict=True))
-            if broken := [name for name in self._terms if not math.isfinite(logs[name])]:
-                raise FloatingPointError(
-                    f"{', '.join(broken)} stopped being finite by step {self.state.global_step}; needed: a stable "
-                    "run. Start anew with a lower learning_rate or fisher_weight, or look at the data."
-                )
-            logs |= {name: float(value) for name, value in self._pruning_log.items()}
-            logs |= {name: float(torch.stack(losses).mean()) for name, losses in self._attacker_losses.items()}
-            self._attacker_losses = {}
-            self._terms, self._term_count = {}, 0
+        """Add every loss term (mean since the last log), the residuals and the sparsity to the training log.
+
+        The loss is the mean over the same steps; Trainer's leaves out what came before a resumed checkpoint.
+        """
+        if "loss" in logs:
+            self._heed(self._terms.read())
+            logs |= {**self._terms.means(), **{name: float(value) for name, value in self._pruning_log.items()}}
         super().log(logs, start_time)
+
+    # A run that breaks, or is asked to end: called by PruningCallback
+
+    def end_step(self) -> bool:
+        """Check what the step before left; tell whether to save this one and leave, which all ranks do together.
+
+        Raises:
+            FloatingPointError: If a term was not finite.
+        """
+        asked = self._signals.number is not None
+        self._heed(self._terms.close_step(self.state.global_step, self._pruning_log, asked))
+        self._leaving |= asked and self.args.world_size == 1
+        return self._leaving
+
+    def leave(self) -> None:
+        """End the process if a signal asked for it."""
+        if self._leaving:
+            logger.warning(
+                "Interrupted: stopped with a checkpoint of step %d. Resume to go on.", self.state.global_step
+            )
+            self._signals.deliver()
+
+    def _heed(self, reading: Reading | None) -> None:
+        if reading is None:
+            return
+        self._leaving |= reading.ending
+        if reading.broken:
+            raise self._broken(f"{', '.join(reading.broken)} stopped being finite at step {reading.step}")
+
+    def _check_state(self) -> None:
+        """Raise unless everything that a checkpoint holds is finite."""
+        groups = {
+            "the weights": [*self.model.parameters(), *self.model.buffers()],
+            "the ADMM state": self.pruner.tensors().values(),
+            "a target head": [tensor for head in self.heads.values() for tensor in head.tensors().values()],
+            "the simulated attackers": [] if self._pool is None else self._pool.tensors().values(),
+        }
+        if broken := not_finite(groups):
+            raise self._broken(f"{', '.join(broken)} hold values that are not finite at step {self.state.global_step}")
+
+    def _broken(self, found: str) -> FloatingPointError:
+        last = self._last_checkpoint()
+        kept = f"The last good checkpoint is {last}" if last else "No checkpoint has been written yet"
+        return FloatingPointError(
+            f"{found}; needed: a stable run. {kept}; the same settings would end the same way again. Start anew in "
+            "another output_dir with a lower learning_rate or fisher_weight, or look at the data."
+        )
 
     def push_to_hub(
         self,
@@ -481,7 +578,8 @@ class NTPTrainer(Trainer):
             return None
         repo_id = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
         with TemporaryDirectory() as folder:
-            write_folder(self, folder, repo_id, **about)
+            with writing(Path(folder)):
+                write_folder(self, folder, repo_id, **about)
             return push_folder(
                 folder,
                 repo_id,
@@ -492,6 +590,10 @@ class NTPTrainer(Trainer):
             )
 
     # Checkpoints
+
+    def _last_checkpoint(self) -> str | None:
+        output_dir = str(self.args.output_dir)
+        return get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on: configuration, data and architecture."""
@@ -520,39 +622,66 @@ class NTPTrainer(Trainer):
             self._staging = False
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint under another name and rename it: a folder called checkpoint-N is always whole."""
-        name = f"checkpoint-{self.state.global_step}"
+        """Write a checkpoint under another name and rename it: a folder called checkpoint-N is always whole.
+
+        Raises:
+            FloatingPointError: Instead of writing one that is not finite.
+            OSError: If it cannot be written; what was half-written is removed.
+        """
+        self._heed(self._terms.read())
+        self._check_state()
+        final = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        staging = final.parent / _STAGING
         if self.args.should_save:
-            shutil.rmtree(Path(self._get_output_dir(trial)) / _STAGING, ignore_errors=True)
+            remove(staging)
         self.accelerator.wait_for_everyone()
-        with self._staged():
-            super()._save_checkpoint(model, trial)
-            staged = Path(self._get_output_dir(trial)) / name
-        final = Path(self._get_output_dir(trial)) / name
+        try:
+            with writing(final):
+                with self._staged():
+                    super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._complete_checkpoint(staging / final.name, final)
+        finally:
+            if self.args.should_save:
+                remove(staging)
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if self.state.best_model_checkpoint == str(staged):
-                self.state.best_model_checkpoint = str(final)
-                self.state.save_to_json(str(staged / "trainer_state.json"))
-            save_state(staged, self.pruner, self.heads, self._pool, float(self._guard.excess), self.settings())
-            shutil.rmtree(final, ignore_errors=True)  # the same run may write a step again after an interruption
-            staged.replace(final)
-            shutil.rmtree(staged.parent)
-            rotate_checkpoints(
-                output_dir=str(final.parent),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        self.accelerator.wait_for_everyone()
+
+    def _complete_checkpoint(self, staged: Path, final: Path) -> None:
+        """Add our state to what Trainer has written, and give the folder its name."""
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        scalars = {
+            "source_excess": float(self._guard.excess),
+            "terms": self._terms.state(),
+            "pruning_log": {key: float(value) for key, value in self._pruning_log.items()},
+            "settings": self.settings(),
+        }
+        save_state(staged, self.pruner, self.heads, self._pool, scalars)
+        if final.exists():  # aside as a whole: deleted piece by piece, it could be taken for a checkpoint
+            final.replace(staged.parent / "replaced")
+        staged.replace(final)
+        self._rotate(final.parent)
+
+    def _rotate(self, folder: Path) -> None:
+        """Delete the oldest checkpoints, by number: deleting half of one makes it look new."""
+        rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_settings(Path(resume_from_checkpoint), self.settings())
+        state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+        self._ended = state.global_step >= state.max_steps
         load_weights_strictly(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            excess = load_state(Path(checkpoint), self.pruner, self.heads, self._pool)
-            self._guard.excess = torch.tensor(excess, device=self.args.device)
-            self._pruning_log["sparsity"] = torch.tensor(self.pruner.sparsity)
+            last = self._last_checkpoint()
+            if self.args.should_save and last is not None and os.path.samefile(last, checkpoint):
+                self._rotate(Path(last).parent)  # a process that is dead may not have got to it
+            device = self.args.device
+            scalars = load_state(Path(checkpoint), self.pruner, self.heads, self._pool)
+            self._guard.excess = torch.tensor(scalars["source_excess"], device=device)
+            self._terms.load(scalars["terms"], device)
+            self._pruning_log = {key: torch.tensor(value) for key, value in scalars["pruning_log"].items()}

@@ -49,7 +49,7 @@ def test_nothing_is_fitted_twice_and_processes_do_not_matter(attack, checkpoints
 
     monkeypatch.setattr(FineTuning, "fit", forbidden)
     assert sample_wise_learning_curves(arms, attack, [6, 12], [0], QUICK, tmp_path / "a", jobs=1) == first
-    with pytest.raises(AssertionError, match="fitted again"):
+    with pytest.raises(RuntimeError, match="fitted again"):
         sample_wise_learning_curves(arms, attack, [6, 24], [0], QUICK, tmp_path / "a", jobs=1)
 
 

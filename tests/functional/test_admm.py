@@ -34,9 +34,9 @@ def test_penalty_gradient_by_hand_and_against_autograd():
 def test_moreau_splits_by_hand():
     x = torch.tensor([3.0, -1.0, 0.5])
     mask = torch.tensor([True, False, False])
-    anchor = hard_anchor(x, mask)
+    anchor = hard_anchor(x, x * mask)
     assert anchor.tolist() == [3.0, 1.0, -0.5]  # Z - U = [3, 0, 0] - [0, -1, 0.5]
-    assert hard_dual(anchor, mask).tolist() == [0.0, -1.0, 0.5]
+    assert hard_dual(anchor, anchor * mask).tolist() == [0.0, -1.0, 0.5]
     assert soft_dual(x, 1.0).tolist() == [1.0, -1.0, 0.5]
     assert soft_anchor(x, 1.0).tolist() == [1.0, 1.0, -0.5]  # Z = [2, 0, 0], U = [1, -1, 0.5]
     assert torch.equal(soft_threshold(x, 1.0) + soft_dual(x, 1.0), x)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
+from benchmarks.cost import reference
 from hf_ntp.functional import (
     between_class_scatter,
     class_means,
@@ -18,6 +19,7 @@ from hf_ntp.functional import (
 # Two classes on a line: {0, 2} and {10, 12}. Means 1 and 11, overall 6; S_W = 1, S_B = 25.
 LINE = torch.tensor([[0.0], [2.0], [10.0], [12.0]])
 LINE_LABELS = torch.tensor([0, 0, 1, 1])
+CRITERIA = [trace_ratio, whitened_discriminant]
 
 
 def cloud(seed=0, classes=4, size=40, dim=6):
@@ -65,13 +67,23 @@ def test_whitened_form_against_numpy():
     assert float(whitened_discriminant(features, labels, 4, shrinkage=0.3)) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(("classes", "size", "dim"), [(4, 40, 6), (50, 40, 6), (4, 20, 50), (50, 20, 50)])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_values_and_gradients_against_loops_over_classes(criterion, classes, size, dim):
+    """Few and many classes, narrow and wide features: each has its own way to be quick."""
+    features, labels = cloud(2, 4, size, dim)  # with 50 classes, most are absent
+    found, wanted = features.clone().requires_grad_(), features.double().requires_grad_()
+    value = criterion(found, labels, classes, 0.1)
+    expected = getattr(reference, criterion.__name__)(wanted, labels, classes, 0.1)
+    assert float(value) == pytest.approx(float(expected), rel=1e-4)
+    (gradient,), (other,) = torch.autograd.grad(value, found), torch.autograd.grad(expected, wanted)
+    assert torch.allclose(gradient, other.float(), atol=1e-4 * float(other.abs().max()))
+
+
 def test_means_by_hand_with_an_absent_class():
     means, counts = class_means(LINE, LINE_LABELS * 2, 4)
     assert means.flatten().tolist() == [1.0, 0.0, 11.0, 0.0]
     assert counts.tolist() == [2.0, 0.0, 2.0, 0.0]
-
-
-CRITERIA = [trace_ratio, whitened_discriminant]
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -21,8 +21,8 @@ SETTINGS = {
 SPARSITY = SparsityReport(0.7, 0.7, 98304, 0.69, 0.998, {"encoder.weight": {"weights": 98304, "zeros": 68813}})
 
 
-def make_results():
-    curves = LearningCurves(
+def make_curves():
+    return LearningCurves(
         sample_sizes=(10, 100),
         seeds=(0, 1),
         accuracies={
@@ -34,14 +34,17 @@ def make_results():
         learning_rates={"scratch": [1e-3, 3e-3]},
         fits=32,
     )
+
+
+def make_results(**others):
     measured = Measurement(
         SourceAccuracy(0.961, 0.957, 1250),
         SPARSITY,
-        curves,
+        make_curves(),
         ScratchConvergence(100, 800, 0.6, 0.61),
         FineTuneProtocol(),
     )
-    return build_results(SOURCE, TARGET, measured, {"pretrain": 1.0, "protect": 2.0, "evaluate": 3.0})
+    return build_results(SOURCE, TARGET, measured, {"pretrain": 1.0, "protect": 2.0, "evaluate": 3.0}, **others)
 
 
 @pytest.fixture

@@ -1,17 +1,19 @@
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from hf_ntp import read_record
+from hf_ntp import FineTuneProtocol, read_record
+from hf_ntp.evaluation.measure import ScratchConvergence, SourceAccuracy, Transfer
 from hf_ntp.publishing.card import render_card
 from hf_ntp.publishing.report import build_record, refresh_report, results_table, write_report
 from hf_ntp.run_folder import weight_digests
 
-from .conftest import BASE, SETTINGS, SOURCE, SPARSITY, TARGET, make_record, make_results
+from .conftest import BASE, SETTINGS, SOURCE, SPARSITY, TARGET, make_curves, make_record, make_results
 
 EXAMPLE = Path(__file__).parents[2] / "model_cards" / "example.md"
 
@@ -47,6 +49,72 @@ protected, all weights tuned     0.250   0.650    +0.050  [+0.050, +0.050]      
 
 SLC-AUC normalized: mean accuracy gap to scratch; above 0 the checkpoint helps."""
     assert "\n".join(line.rstrip() for line in results_table(results).splitlines()) == expected
+
+
+def make_several():
+    """Results and record of two authorized, two unauthorized and a third domain."""
+    drawings, paintings, maps = (
+        replace(domain, name=name, dataset=f"org/{name}")
+        for name, domain in (("drawings", SOURCE), ("paintings", TARGET), ("maps", TARGET))
+    )
+    transfer = Transfer(make_curves(), ScratchConvergence(100, 800, 0.6, 0.61), FineTuneProtocol())
+    results = make_results(
+        target_access="unlabelled",
+        other_sources=[(drawings, SourceAccuracy(0.5, 0.4, 1250), None)],
+        other_targets=[(paintings, transfer)],
+        third=(maps, transfer),
+    )
+    settings = {**SETTINGS, "target_access": "unlabelled"}
+    domains = ([SOURCE, drawings], [TARGET, paintings], "ViTForImageClassification", BASE, settings, SPARSITY)
+    return results, build_record(results, *domains, third=maps)
+
+
+def test_several_domains(tmp_path):
+    results, record = make_several()
+    table = results_table(results)
+    for line in (
+        "authorized    photos: accuracy 0.961",
+        "authorized    drawings: accuracy 0.500",
+        "third domain  maps:",
+    ):
+        assert line in table
+    assert table.count("unauthorized  ") == 2
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    write_report(tmp_path, record, results)
+    saved = read_record(tmp_path)
+    assert saved["source_accuracy"]["before"] == pytest.approx((0.961 + 0.5) / 2)
+    assert [found["after"] for found in saved["source_accuracy"]["domains"]] == [0.957, 0.4]
+    assert [found["domain"] for found in saved["evidence"]] == ["scans", "paintings"]
+    assert saved["third_domain"]["measurement"]["attacks"]["dense"]["retained_transfer"] == pytest.approx(0.25)
+    assert "maps" not in saved["terms"]["text"]
+    single = tmp_path / "single"
+    single.mkdir()
+    (single / "model.safetensors").write_bytes(b"weights")
+    write_report(single, make_record(make_results()), make_results())
+    one, three = (Image.open(folder / "slc.png").size for folder in (single, tmp_path))
+    assert three == (2 * one[0], 2 * one[1]), "a panel for each of three domains"
+    card = (tmp_path / "README.md").read_text()
+    for text in (
+        "| drawings | 1250 | 50.0 % | **40.0 %** |",
+        "| attack on paintings |",
+        "maps is neither authorized nor forbidden",
+        "| fine-tuned on maps |",
+        "on unauthorized images without labels",
+    ):
+        assert text in card
+    assert [(r.dataset_name, r.metric_value) for r in ModelCard(card).data.eval_results[:2]] == [
+        ("photos", 0.957),
+        ("drawings", 0.4),
+    ]
+
+
+def test_the_card_says_where_the_target_was_never_seen(record):
+    record["method"]["settings"]["target_access"] = "none"
+    del record["unauthorized_domains"][0]["fingerprint"]["owner"]
+    card = str(render_card(record))
+    assert "the protection has seen nothing of the unauthorized domain" in card
+    assert "The attacker's images were not used in the protection." in card
 
 
 def test_the_card_is_the_committed_example(record):

@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def pool_of(model, seed=0, **options):
 
 def batch(size=12, seed=0):
     data = Rows(size=size, seed=seed)
-    return {"target": (data.images, data.labels)}
+    return {"target": [(data.images, data.labels)]}
 
 
 def no_masks():
@@ -48,10 +49,10 @@ def test_the_first_step_by_hand(monkeypatch):
     plan = Plan.draw(pool.options, 0, 0, 0)
     generator = torch.Generator().manual_seed(plan.seed)
     head = torch.randn(3, 16, generator=generator) * 0.02
-    images, _ = batch()["target"]
+    ((images, _),) = batch()["target"]
     logits = reference.vit(pixel_values=images).last_hidden_state[:, 0] @ head.T
     labels = logits.argmax(-1)  # better than chance, so that the defender reacts
-    (step,) = pool.step({"target": (images, labels)}, no_masks)
+    (step,) = pool.step({"target": [(images, labels)]}, no_masks)
 
     loss = F.cross_entropy(logits, labels)
     wanted = dict(
@@ -106,21 +107,43 @@ def test_attackers_die_and_are_replaced():
     assert all(attacker is None or attacker.age < attacker.plan.lifetime for attacker in pool.attackers)
 
 
-def test_attackers_share_the_batch_out():
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_attackers_share_the_batch_out(monkeypatch, processes):
+    """In order, as even as can be, and whatever the number of processes that hold the 12 rows."""
     model = tiny_vit()
     name, head = find_head(model)
-    pool = AttackerPool(model, name, head, {"a": np.arange(3), "b": np.arange(3)}, ProtectionArguments(attackers=5), 0)
-    images, labels = batch(size=12)["target"]
-    for slots in ((0, 2, 4), (1, 3)):  # of the first domain and of the second
-        slices = [pool._slice(slot, images, labels) for slot in slots]
-        assert torch.equal(torch.cat([part for part, _ in slices]), images)
-        assert torch.equal(torch.cat([part for _, part in slices]), labels)
+    pool = AttackerPool(model, name, head, {"a": np.arange(3), "b": np.arange(3)}, ProtectionArguments(attackers=9), 0)
+    rows = torch.arange(12).chunk(processes)
+    # Five attackers of the first domain, four of the second.
+    for domain, wanted in ((0, [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9], [10, 11]]), (1, torch.arange(12).chunk(4))):
+        for place, images in enumerate(wanted):
+            found = []
+            for rank, part in enumerate(rows):
+                state = SimpleNamespace(num_processes=processes, process_index=rank)
+                monkeypatch.setattr(attackers, "PartialState", lambda state=state: state)
+                own, count = pool._rows(domain + 2 * place, len(part))
+                found += part[own].tolist()
+                assert count == len(images)
+            assert found == list(images)
+
+
+def test_micro_batches_count_as_one_batch():
+    whole, split = (pool_of(tiny_vit(), **{**ONE, "attackers": 2}) for _ in range(2))
+    ((images, labels),) = batch(size=12)["target"]
+    whole.step({"target": [(images, labels)]}, no_masks)
+    # Each attacker has a half of every micro-batch.
+    parts = [torch.cat([images[i : i + 3], images[i + 6 : i + 9]]) for i in (0, 3)]
+    labels = [torch.cat([labels[i : i + 3], labels[i + 6 : i + 9]]) for i in (0, 3)]
+    split.step({"target": list(zip(parts, labels, strict=True))}, no_masks)
+    for one, other in zip(whole.attackers, split.attackers, strict=True):
+        for a, b in zip(one.trained(), other.trained(), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_a_batch_too_small_for_all_is_for_some():
     pool = pool_of(tiny_vit(), attackers=4)
-    images, labels = batch(size=2)["target"]
-    assert len(pool.step({"target": (images, labels)}, no_masks)) == 2
+    ((images, labels),) = batch(size=2)["target"]
+    assert len(pool.step({"target": [(images, labels)]}, no_masks)) == 2
 
 
 def test_first_lives_are_staggered():
@@ -236,5 +259,5 @@ def test_slots_belong_to_domains_in_turn():
     assert [pool.domain(slot) for slot in range(4)] == ["a", "b", "a", "b"]
     data = Rows(size=10, classes=5)
     for _ in range(4):
-        pool.step({"a": batch()["target"], "b": (data.images, data.labels)}, no_masks)
+        pool.step({"a": batch()["target"], "b": [(data.images, data.labels)]}, no_masks)
     assert [len(attacker.head["bias"]) for attacker in pool.attackers] == [3, 5, 3, 5]

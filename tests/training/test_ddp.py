@@ -2,26 +2,99 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from transformers import ViTForImageClassification
+
+from .ddp_script import PATTERNS, RUNS, prune, run
 
 
-def test_two_processes_agree(tmp_path):
-    """Weights, ADMM state, simulated attacker's head and logged losses are the same on both ranks."""
-    root = Path(__file__).parents[2]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ddp")
+
+
+def launch(folder, device, processes):
+    """What every rank found."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
-        [*launch, "-m", "tests.training.ddp_script", str(tmp_path)],
-        cwd=root,
+        [*torchrun, "-m", "tests.training.ddp_script", str(folder), device, str(processes)],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (one, log_one), (other, log_other) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """Two processes, started once for all tests."""
+    return launch(folder, "cpu", 2)
+
+
+@pytest.mark.parametrize("name", [*RUNS, *PATTERNS])
+def test_two_processes_agree(ranks, name):
+    """Weights, ADMM state, simulated attackers' heads and offsets, and logs are the same on both, bit for bit."""
+    (one, log), (other, other_log) = (found[name] for found in ranks)
     assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-    terms = ("source_loss", "target_loss", "fisher_loss", "sparsity", "primal_residual")
-    for a, b in zip(log_one, log_other, strict=True):
-        assert [a.get(term) for term in terms] == [b.get(term) for term in terms]
-    assert (tmp_path / "run" / "checkpoint-12" / "ntp_state.safetensors").exists()
+    for group in one:
+        assert one[group].keys() == other[group].keys()
+        assert [n for n, tensor in one[group].items() if not torch.equal(tensor, other[group][n])] == []
+    assert log == other_log
+
+
+def relative_distance(a, b):
+    """Of all tensors of a group together."""
+    one, other = (torch.cat([part[name].double().flatten() for name in a]) for part in (a, b))
+    return float((one - other).norm() / one.norm())
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "resnet"])
+def test_two_processes_do_what_one_does(ranks, tmp_path, name):
+    """Same images, same result: every term is that of the whole batch, up to rounding."""
+    (one, log), (two, other_log) = run(name, tmp_path, 1), ranks[0][name]
+    assert one.keys() == two.keys()
+    for group in one:
+        assert one[group].keys() == two[group].keys()
+        assert relative_distance(one[group], two[group]) < 1e-3, group
+    assert all(torch.equal(mask, two["masks"][n]) for n, mask in one["masks"].items())
+    assert len(log) == len(other_log) == 8
+    for row, other in zip(log, other_log, strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sharded_weights_are_pruned_like_whole_ones(ranks, folder, pattern):
+    """FSDP2: the same anchors, masks and weights, bit for bit; the mask survives gathering and saving."""
+    (one, steps), (two, sharded_steps) = prune(pattern), ranks[0][pattern]
+    for group in one:
+        assert one[group].keys() == two[group].keys()
+        assert [name for name, tensor in one[group].items() if not torch.equal(tensor, two[group][name])] == []
+    for found, wanted in zip(sharded_steps, steps, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+    saved = dict(ViTForImageClassification.from_pretrained(folder / pattern).named_parameters())
+    assert all(torch.equal(weight, saved[name]) for name, weight in one["weights"].items())
+    assert all(bool((saved[name][~mask] == 0).all()) for name, mask in one["masks"].items())
+    zeros = sum(int((saved[name] == 0).sum()) for name in one["masks"])
+    assert zeros == sum(mask.numel() for mask in one["masks"].values()) // 2
+
+
+def test_checkpoints_are_whole(ranks, folder):
+    assert (folder / "adaptive" / "checkpoint-8" / "ntp_state.safetensors").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_all_gpus(tmp_path):
+    """NTPTrainer (DDP) and sharded pruning (FSDP2), one process per GPU: ranks agree, sparsity is exact."""
+    first, *others = launch(tmp_path, "cuda", torch.cuda.device_count())
+    for name, (state, _) in first.items():
+        for other in others:
+            for group, part in state.items():
+                assert all(torch.equal(tensor, other[name][0][group][n]) for n, tensor in part.items()), (name, group)
+        masks = [mask != 0 for mask in state["masks"].values()]
+        size = sum(mask.numel() for mask in masks)
+        kept = 0.5 if name in PATTERNS else 0.4
+        assert sum(int(mask.sum()) for mask in masks) == pytest.approx(kept * size, abs=1)

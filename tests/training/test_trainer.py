@@ -14,6 +14,7 @@ from hf_ntp.training.guard import SourceGuard
 
 from ..conftest import Rows, tiny_resnet, tiny_vit
 
+NOTHING = object()  # stands for no target data at all
 # What is not in it is the source loss and ADMM alone.
 NO_TARGET = {"target_weight": 0.0, "fisher_weight": 0.0, "collapse_weight": 0.0, "attackers": 0}
 
@@ -35,7 +36,7 @@ def trainer(folder, model=None, target=None, callbacks=None, source=None, evalua
         tiny_vit() if model is None else model,
         NTPConfig(**{**defaults, **options}),
         Rows() if source is None else source,
-        Rows(size=20, classes=4, seed=1) if target is None else target,
+        Rows(size=20, classes=4, seed=1) if target is None else None if target is NOTHING else target,
         evaluation,
         callbacks=callbacks,
     )
@@ -92,7 +93,6 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path):
         lr_scheduler_type="constant",
     )
     ours.train()
-    ours._terms = {}
     batch = next(iter(ours.get_train_dataloader()))
     model = ours.model.eval()
     head = ours.heads["target"]
@@ -400,9 +400,72 @@ def test_target_labels_that_are_no_classes(tmp_path, label, message):
         trainer(tmp_path, target=target)
 
 
+def test_resuming_what_has_ended_takes_no_further_step(tmp_path):
+    """Ten steps end inside the second epoch of six."""
+    options = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5}
+    whole = trainer(tmp_path, **options)
+    whole.train()
+    again = trainer(tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 10
+    for (name, a), (_, b) in zip(whole.model.state_dict().items(), again.model.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_losses_that_stop_being_finite_stop_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"source_loss.* stopped being finite by step 3"):
+    with pytest.raises(FloatingPointError, match=r"source_loss.* stopped being finite at step 2.*No checkpoint"):
         trainer(tmp_path, learning_rate=1e30, max_grad_norm=0).train()
+
+
+class BrokenAt(TrainerCallback):
+    """Does something before a step, once the trainer is known."""
+
+    def __init__(self, step, harm):
+        self.step, self.harm = step, harm
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.harm(self.trainer)
+
+
+def spoil_attacker(ours):
+    next(attacker for attacker in ours._pool.attackers if attacker).head["bias"].fill_(float("inf"))
+
+
+def spoil_admm(ours):
+    next(iter(ours.pruner.stored.values()))[0, 0] = float("nan")
+
+
+def spoil_head(ours):
+    ours.heads["target"].linear.bias.data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "term"), [(spoil_head, "loss, target_loss"), (spoil_attacker, "attacker_loss"), (spoil_admm, "")]
+)
+def test_whatever_breaks_stops_the_run_before_it_is_saved(tmp_path, harm, term):
+    """Long before the next log (and at odds with Trainer's filter, which would hide it)."""
+    options = {"logging_steps": 100, "save_strategy": "steps", "save_steps": 1, "logging_nan_inf_filter": True}
+    options["target_weight"] = 0.1
+    broken = BrokenAt(4, harm)
+    broken.trainer = ours = trainer(tmp_path, callbacks=[broken], **options)
+    with pytest.raises(FloatingPointError, match=rf"{term}.*at step 4; .*checkpoint is .*checkpoint-3; "):
+        ours.train()
+    assert ours.state.global_step == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (1, 2, 3)]
+
+
+def test_without_checkpoints_a_broken_run_goes_on_for_one_step_at_most(tmp_path):
+    broken = BrokenAt(4, spoil_head)
+    broken.trainer = ours = trainer(tmp_path, callbacks=[broken], logging_steps=100, target_weight=0.1)
+    with pytest.raises(FloatingPointError, match="at step 4"):
+        ours.train()
+    assert ours.state.global_step == 5
+
+
+def test_transformers_own_answer_to_sigterm_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"enable_jit_checkpoint is True; needed: False\. It saves amid a step"):
+        NTPConfig(output_dir=str(tmp_path), enable_jit_checkpoint=True)
 
 
 def test_push_to_hub(hub, tmp_path):

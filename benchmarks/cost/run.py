@@ -1,0 +1,89 @@
+"""What protection costs, next to what one would run otherwise; every ratio is taken side by side in one run.
+
+    python -m benchmarks.cost.run
+
+(from the root of the repository; a quarter of an hour on 2 cores.) Rewrites results.json, table.md, cost.png and the
+table in the README.
+`--only step admm` measures some sections again and keeps the others, `--gpu` adds ViT-B/16 and ResNet-50 at 224 pixels
+to the steps, and `--recipe` alone measures the peak memory of the default recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from benchmarks.cost.measurements import SECTIONS, memory_of, recipe_peak, sweep_of
+from benchmarks.cost.report import mib, plot, table
+from hf_ntp.run_folder import whole_file
+
+HERE = Path(__file__).parent
+README = HERE.parents[1] / "README.md"
+
+
+def rounded(value: Any) -> Any:
+    """Round every number of a JSON tree to four significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def into_readme(results: dict[str, Any]) -> None:
+    """Put what there is a bar for in the README."""
+    before, mark, rest = README.read_text().partition("<!-- cost table -->\n")
+    _, end, after = rest.partition("<!-- end of cost table -->")
+    README.write_text(f"{before}{mark}{table(results, with_bar=True)}\n\n{end}{after}")
+
+
+def parse(argv: list[str]) -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="*", choices=SECTIONS, default=[name for name in SECTIONS if name != "gpu_step"]
+    )
+    parser.add_argument("--gpu", action="store_true", help="steps of large models on the GPU, too")
+    parser.add_argument("--recipe", action="store_true", help="measure the peak memory of the default recipe instead")
+    parser.add_argument("--out", default=str(HERE), help="where results.json, table.md and cost.png go")
+    parser.add_argument("--worker", nargs="+", help="for the benchmark itself: call a function and print its result")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Run the benchmark."""
+    arguments = parse(argv)
+    if arguments.worker:
+        function, *words = arguments.worker
+        found = {"memory_of": memory_of, "sweep_of": sweep_of}[function](*words)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found))
+        return
+    if arguments.recipe:
+        print(f"peak memory of one process of the default recipe: {mib(recipe_peak())}")
+        return
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    known = out / "results.json"
+    results = json.loads(known.read_text()) if known.exists() else {}
+    for name in [*arguments.only, *(["gpu_step"] if arguments.gpu else [])]:
+        start = perf_counter()
+        results[name] = rounded(SECTIONS[name]())
+        print(f"{name}: {perf_counter() - start:.0f} s", flush=True)
+        results = {key: results[key] for key in SECTIONS if key in results}
+        with whole_file(known) as staged:
+            staged.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+        (out / "table.md").write_text(table(results) + "\n")
+        plot(results, out / "cost.png")
+        if out.resolve() == HERE.resolve():
+            into_readme(results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

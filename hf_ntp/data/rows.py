@@ -1,0 +1,14 @@
+"""Rows of any map-style dataset, many at a time where it can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+
+def fetch_rows(dataset: Dataset, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the rows of ``indices``, through ``__getitems__`` where the dataset has it, as data loaders do."""
+    together = getattr(dataset, "__getitems__", None)
+    return together(indices) if together else [dataset[index] for index in indices]

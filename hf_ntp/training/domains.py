@@ -1,0 +1,187 @@
+"""The domains of a run as the trainer takes them: authorized ones joined, unauthorized ones with classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from ..data import Neighbourhood, check_labels, fetch_rows
+from .paired_data import ImageData, as_pixels, check_images, labels_of, length_of
+
+NEIGHBOURHOOD = "neighbourhood"
+SOURCE = "train_dataset"
+_OTHER_TASKS = ("regression", "multi_label_classification")
+
+
+class Joined(Dataset):
+    """Several datasets one after another, as one.
+
+    Args:
+        parts: Datasets by name.
+        labelled: Whether rows have labels; if not, those that some datasets have are left out.
+    """
+
+    def __init__(self, parts: Mapping[str, Dataset], labelled: bool) -> None:
+        self.parts = dict(parts)
+        self.fingerprint = {n: getattr(part, "fingerprint", f"{length_of(part)} rows") for n, part in parts.items()}
+        if labelled:
+            self.labels = np.concatenate([labels_of(part, name) for name, part in self.parts.items()])
+        self._keys = ("pixel_values", "labels") if labelled else ("pixel_values",)
+        self._starts = np.cumsum([0, *(length_of(part) for part in self.parts.values())])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return several rows at once."""
+        wanted = np.asarray(indices)
+        rows: list[dict[str, Any]] = [{}] * len(wanted)
+        for start, stop, part in zip(self._starts, self._starts[1:], self.parts.values(), strict=False):
+            places = np.flatnonzero((start <= wanted) & (wanted < stop))
+            for place, row in zip(places, fetch_rows(part, (wanted[places] - start).tolist()), strict=True):
+                rows[place] = {key: row[key] for key in self._keys}
+        return rows
+
+
+def source_domain(
+    data: ImageData | Mapping[str, ImageData],
+    image_processor: BaseImageProcessor | None,
+    num_classes: int | None,
+) -> Dataset:
+    """Authorized images as one dataset.
+
+    Args:
+        data: What the user passed as ``train_dataset``.
+        image_processor: Image processor (PIL backend), for datasets of images.
+        num_classes: Classes of the head that all domains share; None where labels are not looked at.
+
+    Raises:
+        ValueError: For images or labels that cannot be used, and for domains of other classes than one another's.
+    """
+    if not isinstance(data, Mapping):
+        return _checked(data, SOURCE, image_processor, num_classes)
+    if not data:
+        raise ValueError(f"{SOURCE} is an empty mapping; needed: at least one authorized domain by name.")
+    parts = {name: _checked(part, f"{SOURCE} {name!r}", image_processor, num_classes) for name, part in data.items()}
+    if num_classes is not None:
+        check_same_classes(parts)
+    return Joined(parts, labelled=num_classes is not None)
+
+
+def _checked(
+    data: ImageData, name: str, image_processor: BaseImageProcessor | None, num_classes: int | None
+) -> Dataset:
+    pixels = as_pixels(data, image_processor, name, labelled=num_classes is not None)
+    if num_classes is None:
+        check_images(pixels, name)
+    else:
+        check_labels(labels_of(pixels, name), num_classes, name)
+    return pixels
+
+
+def check_same_classes(parts: Mapping[str, Dataset]) -> None:
+    """Check that domains which share a head mean the same by a label, where names of their classes tell.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    names = {name: classes for name, part in parts.items() if (classes := getattr(part, "class_names", None))}
+    if len({tuple(classes) for classes in names.values()}) > 1:
+        found = "; ".join(f"{name}: {', '.join(classes[:6])} ({len(classes)})" for name, classes in names.items())
+        raise ValueError(
+            f"authorized domains have different classes ({found}); needed: the same ones in the same order, since "
+            "they share the model's head. Rename or encode the labels alike, or pass source_loss='features', which "
+            "keeps the encoder's features on each domain and looks at no labels."
+        )
+
+
+def classifies(model: PreTrainedModel, head: nn.Linear) -> bool:
+    """Whether the outputs of a head are classes, one per image."""
+    return getattr(model.config, "problem_type", None) not in _OTHER_TASKS and head.out_features > 1
+
+
+def check_task(model: PreTrainedModel, head: nn.Linear) -> None:
+    """Refuse a head whose outputs are no classes, where its predictions would have to be kept.
+
+    Raises:
+        ValueError: For multi-label and regression heads.
+    """
+    if not classifies(model, head):
+        task = getattr(model.config, "problem_type", None)
+        raise ValueError(
+            f"the head has {head.out_features} output(s) and config.problem_type is {task!r}; needed: a head of two "
+            "or more classes, one per image, to keep its predictions. For multi-label and regression models pass "
+            "source_loss='features': it keeps what enters the head, and the head itself, and looks at no labels."
+        )
+
+
+def target_domains(
+    data: ImageData | Mapping[str, ImageData] | None,
+    source: Dataset,
+    access: str,
+    as_labelled: Callable[[Dataset], Dataset],
+    image_processor: BaseImageProcessor | None,
+    source_classes: bool,
+    seed: int,
+) -> dict[str, Dataset]:
+    """Labelled images by name of the unauthorized domain.
+
+    Args:
+        data: What the user passed as ``target_dataset``.
+        source: Authorized images.
+        access: ``target_access``.
+        as_labelled: Gives images pseudo-classes, see :func:`~hf_ntp.training.pseudo_labels.with_clusters`.
+        image_processor: Image processor (PIL backend), for datasets of images.
+        source_classes: Whether the authorized images have classes, which their neighbourhood then has, too.
+        seed: Seed of the run.
+
+    Raises:
+        ValueError: If there are data with "none", or none otherwise.
+    """
+    if (data is None) != (access == "none"):
+        found = "None" if data is None else type(data).__name__
+        raise ValueError(
+            f"target_dataset is {found} and target_access is {access!r}; needed: unauthorized images with 'labelled' "
+            "or 'unlabelled', and None with 'none'. A public stand-in set counts as images: pass it with either."
+        )
+    if data is None:
+        base = source if source_classes else as_labelled(source)
+        return {NEIGHBOURHOOD: Neighbourhood(base, seed)}
+    domains = data if isinstance(data, Mapping) else {"target": data}
+    if access == "labelled":
+        return {name: as_pixels(part, image_processor, f"target {name!r}") for name, part in domains.items()}
+    images = {name: as_pixels(part, image_processor, f"target {name!r}", False) for name, part in domains.items()}
+    for name, part in images.items():
+        check_images(part, f"target {name!r}")
+    return {name: as_labelled(part) for name, part in images.items()}
+
+
+def shares_of(weights: Mapping[str, float] | str | None, names: Sequence[str], option: str) -> list[float] | None:
+    """Shares that sum to 1, in the order of the domains; None where the user gave none.
+
+    Args:
+        weights: By name of the domain, in any unit.
+        names: Names of all domains.
+        option: What errors call it.
+
+    Raises:
+        ValueError: If names are missing or unknown.
+    """
+    if weights is None:
+        return None
+    assert not isinstance(weights, str)  # options read JSON when they are made
+    if set(weights) != set(names):
+        raise ValueError(
+            f"{option} are for {', '.join(map(repr, weights))}; needed: one for each of the domains "
+            f"{', '.join(map(repr, names))}, by these names."
+        )
+    total = sum(weights.values())
+    return [weights[name] / total for name in names]

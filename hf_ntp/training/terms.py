@@ -1,0 +1,115 @@
+"""The loss terms of a run: their means for the log, and the alarm when one stops being finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Reading(NamedTuple):
+    """What the host learns of a step."""
+
+    step: int
+    broken: list[str]
+    """Terms that are not finite, on any rank."""
+    ending: bool
+    """Whether a signal has come to any process."""
+
+
+class _Sent(NamedTuple):
+    """What a step left, on its way to the host."""
+
+    step: int
+    names: list[str]
+    values: Tensor
+    arrived: torch.Event | None
+
+
+class Terms:
+    """Loss terms by name, alike on all ranks: one message per step between ranks, and one to the host.
+
+    The host reads what a step left when the next one ends, or when :meth:`read` is called: it never waits for the
+    device in between.
+
+    Args:
+        reduce: Averages a tensor over ranks.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        self._reduce = reduce
+        self._step: dict[str, list[Tensor]] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._sent: _Sent | None = None
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Note scalars of the step that is being taken; a name may come several times."""
+        for name, value in terms.items():
+            self._step.setdefault(name, []).append(value.detach().float())
+
+    def close_step(self, step: int, watched: Mapping[str, Tensor], ending: bool) -> Reading | None:
+        """End step number ``step`` and read what the one before it left.
+
+        Args:
+            step: Its number.
+            watched: Other scalars that have to be finite.
+            ending: Whether a signal has come to this process.
+        """
+        before = self.read()
+        sums = {name: torch.stack(values).sum() for name, values in self._step.items()}
+        flag = torch.tensor(float(ending), device=next(iter(sums.values())).device)
+        others = [value.to(flag.device, torch.float32) for value in watched.values()]
+        values = self._reduce(torch.stack([*sums.values(), *others, flag]))
+        for name, value in zip(sums, values, strict=False):
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + len(self._step[name])
+        self._step = {}
+        arrived = None
+        if values.device.type != "cpu":
+            arrived = torch.Event(values.device)
+            values = values.to("cpu", non_blocking=True)
+            arrived.record()
+        self._sent = _Sent(step, [*sums, *watched], values, arrived)
+        return before
+
+    def read(self) -> Reading | None:
+        """Read what the last step left; None where that has been read."""
+        if self._sent is None:
+            return None
+        (step, names, values, arrived), self._sent = self._sent, None
+        if arrived is not None:
+            arrived.synchronize()
+        *found, ending = values.tolist()
+        broken = [name for name, value in zip(names, found, strict=True) if not math.isfinite(value)]
+        return Reading(step, broken, ending > 0)
+
+    def means(self) -> dict[str, float]:
+        """Mean of every term since the last call; the sums begin anew."""
+        names, counts = list(self._sums), list(self._counts.values())
+        sums = torch.stack(list(self._sums.values())).tolist() if names else []
+        self._sums, self._counts = {}, {}
+        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready sums since the last log, so that the log of a resumed run is that of an uninterrupted one."""
+        return {name: [float(total), self._counts[name]] for name, total in self._sums.items()}
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Restore what :meth:`state` gave."""
+        self._sums = {name: torch.tensor(total, device=device) for name, (total, _) in state.items()}
+        self._counts = {name: count for name, (_, count) in state.items()}
+
+
+def not_finite(groups: Mapping[str, Iterable[Tensor]]) -> list[str]:
+    """Names of the groups that hold a NaN or an infinite value; integer tensors count as finite."""
+    floats = {name: [t for t in tensors if t.is_floating_point() and t.numel()] for name, tensors in groups.items()}
+    flags = {
+        name: torch.stack([t.detach().isfinite().all() for t in tensors]).all()
+        for name, tensors in floats.items()
+        if tensors
+    }
+    return [name for name, finite in flags.items() if not bool(finite)]

@@ -1,0 +1,182 @@
+"""The domains of a recipe: loaded and checked, as pixels, measured, and described for the record. Not a script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from torch.utils.data import Dataset
+    from transformers import BaseImageProcessor
+
+    from hf_ntp import DomainReference, PixelDataset
+    from hf_ntp.evaluation.measure import Measurement, SourceAccuracy, Transfer
+    from hf_ntp.evaluation.utility import SourceUtility
+
+Part = TypeVar("Part")
+
+
+class Domains(NamedTuple):
+    """All domains of a run, in three groups; each domain has its parts by name."""
+
+    source: dict[str, Any]
+    target: dict[str, Any]
+    third: dict[str, Any]
+
+
+class Found(NamedTuple):
+    """What was measured: the first authorized and unauthorized domain together, the others one by one."""
+
+    first: Measurement
+    other_sources: list[tuple[SourceAccuracy, SourceUtility | None]]
+    other_targets: list[Transfer]
+    third: Transfer | None
+
+
+def load(recipe: Any, side: str) -> dict[str, DatasetDict]:
+    """Load the "source" or the "target" domains by name; options beside the name are those of each of them.
+
+    Raises:
+        ValueError: If two would have one name.
+    """
+    from hf_ntp import load_domain
+    from hf_ntp.data import domain_name
+
+    options = {
+        key.removeprefix(f"{side}_"): value for key, value in vars(recipe).items() if key.startswith(f"{side}_")
+    }
+    given = listed(options.pop("dataset"))
+    names = [domain_name(dataset) for dataset in given]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"--{side}_dataset is {' '.join(given)}; needed: domains with names of their own. Rename a folder."
+        )
+    return {name: load_domain(dataset, **options) for name, dataset in zip(names, given, strict=True)}
+
+
+def listed(given: str | list[str]) -> list[str]:
+    """One name, as a YAML file may have it, or several."""
+    return [given] if isinstance(given, str) else given
+
+
+def load_all(recipe: Any) -> Domains:
+    """Load all domains, check them, and divide unauthorized training images between owner and attacker.
+
+    Raises:
+        ValueError: If a domain cannot be used.
+    """
+    from hf_ntp import load_domain, nested_subsets, split_owner_attacker
+    from hf_ntp.data import check_target, domain_name
+
+    third = recipe.third_dataset
+    domains = Domains(
+        load(recipe, "source"),
+        load(recipe, "target"),
+        {} if third is None else {domain_name(third): load_domain(third)},
+    )
+    for side, group in domains._asdict().items():
+        for name, parts in group.items():
+            check_target(parts["train"]["label"], f"the {side}" if len(group) == 1 else f"the {side} {name!r}")
+    for parts in domains.target.values():
+        parts["owner"], parts["attacker"] = split_owner_attacker(parts.pop("train"), recipe.owner_fraction)
+    for parts in domains.third.values():
+        parts["attacker"] = parts.pop("train")
+    for parts in [*domains.target.values(), *domains.third.values()]:
+        for seed in recipe.attack_seeds:
+            nested_subsets(parts["attacker"]["label"], recipe.sample_sizes, seed)
+    return domains
+
+
+def as_pixels(domains: Domains, processor: BaseImageProcessor, same_classes: bool) -> Domains:
+    """All parts of all domains as the model takes them.
+
+    Args:
+        domains: See :func:`load_all`.
+        processor: Image processor.
+        same_classes: Whether authorized domains share a head.
+
+    Raises:
+        ValueError: If they do and have different classes.
+    """
+    from hf_ntp import PixelDataset
+    from hf_ntp.training.domains import check_same_classes
+
+    pixels = Domains(
+        *(
+            {
+                name: {part: PixelDataset.from_dataset(data, processor) for part, data in parts.items()}
+                for name, parts in group.items()
+            }
+            for group in domains
+        )
+    )
+    if same_classes:
+        check_same_classes(part_of(pixels.source, "train"))
+    return pixels
+
+
+def part_of(group: Mapping[str, Mapping[str, Part]], part: str) -> dict[str, Part]:
+    """One part of every domain of a group."""
+    return {name: parts[part] for name, parts in group.items()}
+
+
+def only(parts: dict[str, Part]) -> Part | dict[str, Part]:
+    """The single part where there is one, as trainers take it, else all by name."""
+    return next(iter(parts.values())) if len(parts) == 1 else parts
+
+
+def joined(parts: dict[str, PixelDataset]) -> Dataset:
+    """All parts as one dataset."""
+    from torch.utils.data import ConcatDataset
+
+    return next(iter(parts.values())) if len(parts) == 1 else ConcatDataset(parts.values())
+
+
+def measure(base: Any, weights: Any, pixels: Domains, recipe: Any, protocol: Any, **shared: Any) -> Found:
+    """Measure every domain: accuracy on the authorized ones, what the checkpoint is worth on all others.
+
+    Args:
+        base: Folder of the model before protection.
+        weights: Folder of the protected model.
+        pixels: See :func:`as_pixels`.
+        recipe: Options.
+        protocol: How everything is fitted.
+        shared: "cache_dir" and "jobs".
+    """
+    from hf_ntp import AttackData, measure_protection
+    from hf_ntp.evaluation.measure import measure_source, measure_transfer
+
+    def attackers(group: Mapping[str, Mapping[str, PixelDataset]]) -> list[AttackData]:
+        return [AttackData(*(parts[part] for part in ("attacker", "validation", "test"))) for parts in group.values()]
+
+    sources, targets = list(pixels.source.values()), attackers(pixels.target)
+    curves = {"sample_sizes": recipe.sample_sizes, "seeds": recipe.attack_seeds, "protocol": protocol, **shared}
+    third = [measure_transfer(base, weights, data, **curves) for data in attackers(pixels.third)]
+    return Found(
+        measure_protection(base, weights, sources[0]["test"], targets[0], source_train=sources[0]["train"], **curves),
+        [measure_source(base, weights, parts["test"], parts["train"]) for parts in sources[1:]],
+        [measure_transfer(base, weights, data, **curves) for data in targets[1:]],
+        third[0] if third else None,
+    )
+
+
+def references(recipe: Any, domains: Domains, target_access: str) -> tuple[list[DomainReference], ...]:
+    """Identities of the authorized, the unauthorized and the third domains; of what was used, and nothing else."""
+    from hf_ntp import DomainReference
+
+    source, target = (
+        [
+            DomainReference.of(dataset, parts, getattr(recipe, f"{side}_config"), getattr(recipe, f"{side}_revision"))
+            for dataset, parts in zip(listed(getattr(recipe, f"{side}_dataset")), group.values(), strict=True)
+        ]
+        for side, group in (
+            ("source", domains.source),
+            ("target", {name: _seen(parts, target_access) for name, parts in domains.target.items()}),
+        )
+    )
+    return source, target, [DomainReference.of(recipe.third_dataset, parts) for parts in domains.third.values()]
+
+
+def _seen(parts: Mapping[str, Part], target_access: str) -> dict[str, Part]:
+    return {name: part for name, part in parts.items() if name != "owner" or target_access != "none"}

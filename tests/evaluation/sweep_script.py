@@ -1,0 +1,53 @@
+"""Run by test_sharing.py in several processes at once: two sweeps, in the second of which "victim" is killed."""
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from hf_ntp import AttackData, FineTuneProtocol, sample_wise_learning_curves, standard_arms
+from hf_ntp.attacks.fine_tuning import FineTuning
+
+from .conftest import pixels
+
+PROTOCOL = FineTuneProtocol(steps=8, batch_size=8, learning_rates=(1e-3, 1e-2), warmup_steps=2)
+
+
+def sweep(folder, cache_dir):
+    """What every process runs, and the test itself for comparison."""
+    data = AttackData(pixels(24, 0), pixels(12, 1), pixels(12, 2))
+    arms = standard_arms(str(folder / "unprotected"), str(folder / "protected"))[:2]
+    return sample_wise_learning_curves(arms, data, [6, 24], [0, 1], PROTOCOL, cache_dir, jobs=1)
+
+
+def main(folder, name):
+    torch.set_num_threads(1)
+    real, done = FineTuning.fit, []
+
+    def noted(attack, model, loot, protocol, value, seed):
+        predict = real(attack, model, loot, protocol, value, seed)
+        time.sleep(0.1)  # as in a fit of some length, the others are at work meanwhile
+        if name == "victim" and stage == "killed" and len(done) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(value)
+        with (folder / f"{stage}.{name}").open("a") as log:
+            log.write(f"{value} {seed} {len(loot.labels)}\n")
+        return predict
+
+    FineTuning.fit = noted
+    for stage in ("shared", "killed"):
+        done.clear()
+        (folder / f"{stage}.{name}").touch()
+        while len(list(folder.glob(f"{stage}.*"))) < 2:  # both, or one would be through before the other is there
+            time.sleep(0.02)
+        curves = sweep(folder, folder / f"fits_{stage}")
+        (folder / f"{name}_{stage}.json").write_text(json.dumps(asdict(curves)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,125 @@
+"""What changes how a step is computed must not change what it computes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from hf_ntp import NTPConfig
+from hf_ntp.training.distributed import check_processes
+from hf_ntp.training.trainer import _spare_draws
+
+from ..conftest import Rows, tiny_resnet, tiny_vit
+from .test_trainer import NO_TARGET, trainer
+
+# Attackers act at once, on a model that moves.
+FEW_STEPS = {"max_steps": 4, "logging_steps": 1, "optim": "sgd", "learning_rate": 0.05, "attacker_patience": 0}
+
+
+def options_of(**options):
+    defaults = {"attackers": 4, "attacker_batch_size": 16, "attacker_weight": 1.0, "world_size": 1}
+    return SimpleNamespace(
+        **{**defaults, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **options}
+    )
+
+
+def trained(folder, model=None, **options):
+    ours = trainer(folder, model, **{**FEW_STEPS, **options})
+    ours.train()
+    return dict(ours.model.named_parameters()), [row for row in ours.state.log_history if "loss" in row]
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    """What attackers recompute in their backward pass is at their weights, not at the model's."""
+    plain, log = trained(tmp_path / "plain")
+    saving, other_log = trained(tmp_path / "saving", gradient_checkpointing=True)
+    assert log[-1]["attacker_loss"] == other_log[-1]["attacker_loss"]
+    assert all(torch.equal(weight, saving[name]) for name, weight in plain.items())
+
+
+def test_no_image_is_read_that_nothing_looks_at(tmp_path):
+    """Each of 2 steps: 8 images for terms and 8 x 2 for the attacker, each only where it is on."""
+    read = []
+
+    class Target(Rows):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    def images_read(**options):
+        ours = trainer(tmp_path, target=Target(classes=4), **{**NO_TARGET, "attacker_batch_size": 16, **options})
+        batches = iter(ours.get_train_dataloader())
+        read.clear()
+        # Accelerate's loader is one batch ahead.
+        next(batches)
+        return len(read)
+
+    assert images_read(attackers=1, fisher_weight=1.0) == 2 * (8 + 16)
+    assert images_read(attackers=1) == 2 * 16
+    assert images_read(fisher_weight=1.0) == 2 * 8
+    assert images_read(attackers=1, attacker_weight=0.0) == 0
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_torch_compile_changes_nothing(tmp_path, backend):
+    plain, log = trained(tmp_path / "plain", max_steps=2)
+    torch._dynamo.reset()
+    options = {"torch_compile": True, "torch_compile_backend": backend}
+    compiled, other_log = trained(tmp_path / "compiled", max_steps=2, **options)
+    for row, other in zip(log, other_log, strict=True):
+        assert row == pytest.approx(other, rel=1e-2, abs=1e-4)
+    assert all(torch.allclose(weight, compiled[name], atol=1e-3) for name, weight in plain.items())
+
+
+def test_accumulated_batches_are_one_batch_to_terms_that_are_means(tmp_path):
+    """Attackers get the images of all micro-batches; one of them, as several would share them out differently."""
+    options = {**NO_TARGET, "attackers": 1, "attacker_batch_size": 24, "source_tolerance": [], "learning_rate": 1e-3}
+    whole, log = trained(tmp_path / "whole", **options)
+    accumulated, other_log = trained(
+        tmp_path / "accumulated", **options, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    for row, other in zip(log, other_log, strict=True):
+        for name in ("source_loss", "attacker_loss"):
+            assert row[name] == pytest.approx(other[name], rel=1e-4)
+    assert all(torch.allclose(weight, accumulated[name], atol=1e-5) for name, weight in whole.items())
+
+
+def test_checkpointing_that_cannot_work_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has BatchNorm.*needed: False"):
+        trainer(tmp_path, tiny_resnet(), gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="use_reentrant=True with 4 simulated attackers"):
+        trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.XLA])
+def test_sharded_training_is_refused(tmp_path, kind):
+    args = NTPConfig(output_dir=str(tmp_path), report_to="none")
+    with pytest.raises(ValueError, match=f"work together as {kind.value}.*needed: a whole copy"):
+        check_processes(args, kind, tiny_vit())
+
+
+@pytest.mark.parametrize("loader", [{"split_batches": True}, {"dispatch_batches": True}, {"even_batches": False}])
+def test_parts_of_a_batch_that_are_not_alike_are_refused(loader):
+    args = options_of(world_size=2, accelerator_config=AcceleratorConfig(**loader))
+    with pytest.raises(ValueError, match=f"{next(iter(loader))}={next(iter(loader.values()))}"):
+        check_processes(args, DistributedType.MULTI_CPU, tiny_vit())
+    check_processes(options_of(accelerator_config=AcceleratorConfig(**loader)), DistributedType.NO, tiny_vit())
+
+
+def test_statistics_that_attackers_would_mix_are_refused():
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(tiny_resnet())
+    options = {"world_size": 2, "accelerator_config": AcceleratorConfig()}
+    with pytest.raises(ValueError, match="SyncBatchNorm with 4 simulated attackers"):
+        check_processes(options_of(**options), DistributedType.MULTI_GPU, model)
+    check_processes(options_of(**options, attackers=0), DistributedType.MULTI_GPU, model)
+
+
+def test_images_of_attackers_are_counted_over_processes_and_micro_batches():
+    """4 attackers x 16 images: 8 rows beside each of 8 source rows, and fewer where a step has more source rows."""
+    assert _spare_draws(options_of(), 1) == 8
+    assert _spare_draws(options_of(), 2) == 4
+    assert _spare_draws(options_of(world_size=2), 1) == 4
+    assert _spare_draws(options_of(world_size=2, gradient_accumulation_steps=3), 1) == 2
+    assert _spare_draws(options_of(attacker_weight=0.0), 1) == _spare_draws(options_of(attackers=0), 1) == 0
