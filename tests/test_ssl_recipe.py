@@ -39,6 +39,10 @@ def finished(tmp_path_factory):
     return run, ntp_ssl.main(["--output_dir", str(run), *QUICK])
 
 
+def test_readme_launches_this_recipe():
+    assert "accelerate launch recipes/ntp_ssl.py --pretraining mae" in (ROOT / "README.md").read_text()
+
+
 def given(folder, model):
     """Save a model with an image processor, as anybody would have it."""
     model.save_pretrained(folder)

@@ -327,8 +327,8 @@ class ProtectionArguments:
         """In Python, anything can be passed."""
         for name, hint in get_type_hints(ProtectionArguments).items():
             value, kinds = getattr(self, name), get_args(hint)
-            if dict in map(get_origin, kinds):
-                continue  # weights are read and checked on their own
+            if any(get_origin(kind) is dict for kind in kinds):
+                continue  # see _weights
             if get_origin(hint) is list:
                 fits = isinstance(value, (list, tuple)) and all(_fits(item, kinds[0]) for item in value)
                 needed = f"a list, each of it {_WORDS[kinds[0]]}"
