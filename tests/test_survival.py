@@ -127,7 +127,8 @@ def check_protect(reference, folder):
 
 def check_sweep(reference, folder):
     assert (reference / "curves.json").read_bytes() == (folder / "curves.json").read_bytes()
-    fits = [{path.name: path.read_bytes() for path in (each / "fits").iterdir()} for each in (reference, folder)]
+    # A claim outlives who dies between storing a result and giving the claim back; nobody looks at it any more.
+    fits = [{path.name: path.read_bytes() for path in (each / "fits").glob("*.json")} for each in (reference, folder)]
     assert fits[0] == fits[1]
 
 
