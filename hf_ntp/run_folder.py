@@ -31,6 +31,17 @@ def differences(found: Mapping[str, Any], needed: Mapping[str, Any]) -> list[str
     return [f"{key}: {found.get(key)!r} there, {needed.get(key)!r} here" for key in keys]
 
 
+def _settings_in(record: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(record.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{record} cannot be read ({str(error)[:200]}); needed: the file as the run wrote it. Restore it, or "
+            "choose another --output_dir."
+        ) from error
+    return found if isinstance(found, dict) else {RUN_FILE: found}
+
+
 def claim_run_folder(folder: str | Path, settings: Mapping[str, Any]) -> Path:
     """Make ``folder`` the folder of the run with these settings; the same run may claim it again.
 
@@ -51,7 +62,7 @@ def claim_run_folder(folder: str | Path, settings: Mapping[str, Any]) -> Path:
     # Looked at in this order, and without what is being written, several processes of one run may claim it at once.
     used = folder.exists() and any(not path.name.startswith(f".{RUN_FILE}.") for path in folder.iterdir())
     if record.is_file():
-        if differing := differences(json.loads(record.read_text()), settings):
+        if differing := differences(_settings_in(record), settings):
             raise ValueError(
                 f"{folder} holds another run ({'; '.join(differing[:8])}); needed: an empty folder, or the same "
                 "settings to continue it. Choose another --output_dir, or delete that folder."
@@ -224,8 +235,11 @@ class Stopwatch:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        known = path is not None and path.is_file()
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path is not None and known else {}
+        self.seconds: dict[str, float] = {}
+        if path is not None and path.is_file():
+            with suppress(ValueError, AttributeError, TypeError, RecursionError):  # a time that is lost is no disaster
+                known = json.loads(path.read_bytes())
+                self.seconds = {stage: float(seconds) for stage, seconds in known.items()}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:

@@ -58,9 +58,10 @@ class ResultCache:
         if self.folder is None:
             return None
         try:
-            return json.loads((self.folder / f"{key}.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            found = json.loads((self.folder / f"{key}.json").read_bytes())
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
+        return found if isinstance(found, dict) else None
 
     def put(self, key: str, result: Mapping[str, Any]) -> None:
         """Store a result; a reader sees all of it or nothing."""

@@ -28,6 +28,7 @@ from .evidence import (
 )
 from .figure import plot_learning_curves
 from .record import SCHEMA_VERSION, SIGNATURE_FILE, read_record, write_record
+from .strict_json import strict_json
 from .verify import verify_folder
 
 RESULTS_FILE = "results.json"
@@ -277,8 +278,26 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
-    """Content of the ``results.json`` of a result folder."""
-    return json.loads((Path(folder) / RESULTS_FILE).read_text())
+    """Content of the ``results.json`` of a result folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is not what a recipe writes: :func:`results_table` could not show it.
+    """
+    path = Path(folder) / RESULTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {RESULTS_FILE}; needed: the folder that recipes/ntp_vit.py writes at its end."
+        )
+    try:
+        results = strict_json(path.read_bytes())
+        results_table(results)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}); needed: the file as the recipe "
+            "wrote it. Restore it, or run the recipe again."
+        ) from error
+    return results
 
 
 _ACCURACY = (("accuracy", "accuracy"),)

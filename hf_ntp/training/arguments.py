@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -328,6 +329,8 @@ class ProtectionArguments:
         """In Python, anything can be passed."""
         for name, hint in get_type_hints(ProtectionArguments).items():
             value, kinds = getattr(self, name), get_args(hint)
+            if any(get_origin(kind) is dict for kind in kinds):
+                continue  # see _weights
             if get_origin(hint) is list:
                 fits = isinstance(value, (list, tuple)) and all(_fits(item, kinds[0]) for item in value)
                 needed = f"a list, each of it {_WORDS[kinds[0]]}"
@@ -336,6 +339,13 @@ class ProtectionArguments:
                 needed = _WORDS[kinds[0] if kinds else hint]
             if not fits:
                 raise ValueError(f"{name} is {value!r}; needed: {needed}.")
+        for pattern in (*self.prune_include, *self.prune_exclude):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"prune_include or prune_exclude holds {pattern!r}; needed: regular expressions ({error})."
+                ) from error
 
     def _check_attackers(self) -> None:
         if self.attackers < 0:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +21,17 @@ from .target_head import TargetHead
 
 TENSORS_FILE = "ntp_state.safetensors"
 SCALARS_FILE = "ntp_state.json"
+# What reading a file raises that another program wrote, or half of one.
+_DAMAGE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, SafetensorError)
+
+
+class RunState(NamedTuple):
+    """Numbers that the trainer itself keeps between steps."""
+
+    source_excess: float
+    terms: dict[str, tuple[float, int]]
+    """Sum and count of every loss term since the last log."""
+    pruning_log: dict[str, float]
 
 
 def save_state(
@@ -26,11 +39,12 @@ def save_state(
     pruner: ADMMPruner,
     heads: Mapping[str, TargetHead],
     pool: AttackerPool | None,
-    scalars: Mapping[str, Any],
+    state: RunState,
+    settings: Mapping[str, Any],
 ) -> None:
-    """Write ADMM state, target heads, simulated attackers and JSON-ready ``scalars`` into a checkpoint folder."""
+    """Write ADMM state, target heads, simulated attackers, ``state`` and settings into a checkpoint folder."""
     groups = {"pruner": pruner.tensors()} | {f"head:{name}": head.tensors() for name, head in heads.items()}
-    scalars = {**scalars, "pruner": pruner.scalars()}
+    scalars = {**state._asdict(), "pruner": pruner.scalars(), "settings": settings}
     if pool is not None:
         groups["attackers"], scalars["attackers"] = pool.tensors(), pool.scalars()
     tensors = {f"{group}/{name}": tensor for group, part in groups.items() for name, tensor in part.items()}
@@ -45,7 +59,31 @@ def _read_scalars(folder: Path) -> dict[str, Any]:
             f"{folder} has no {SCALARS_FILE}: it is not a checkpoint of NTPTrainer. Pass a checkpoint-N folder that a "
             "protection run wrote, or start anew without resume_from_checkpoint."
         )
-    return json.loads(path.read_text())
+    with _undamaged(folder):
+        scalars = json.loads(path.read_bytes())
+        if not isinstance(scalars["settings"], dict):
+            raise TypeError("settings are no object")
+        return scalars
+
+
+@contextmanager
+def _undamaged(folder: Path) -> Iterator[None]:
+    """Raise ``ValueError`` where the content of a checkpoint is not what this module writes."""
+    try:
+        yield
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        raise ValueError(
+            f"the protection state in {folder} cannot be read ({type(error).__name__}: {str(error)[:200]}); needed: "
+            f"{TENSORS_FILE} and {SCALARS_FILE} as this version of hf_ntp writes them. Resume from an earlier one."
+        ) from error
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -64,19 +102,29 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def load_state(
     folder: Path, pruner: ADMMPruner, heads: Mapping[str, TargetHead], pool: AttackerPool | None
-) -> dict[str, Any]:
-    """Restore what :func:`save_state` wrote and return the scalars; see :func:`check_settings`."""
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(folder / TENSORS_FILE).items():
-        group, _, key = name.rpartition("/")
-        groups.setdefault(group, {})[key] = tensor
+) -> RunState:
+    """Restore what :func:`save_state` wrote and return what is the trainer's own; see :func:`check_settings`.
+
+    Raises:
+        ValueError: If the content is damaged.
+    """
     scalars = _read_scalars(folder)
-    pruner.load(groups.get("pruner", {}), scalars["pruner"])
-    if pool is not None:
-        pool.load(groups.get("attackers", {}), scalars["attackers"])
-    for name, head in heads.items():
-        head.load(groups[f"head:{name}"])
-    return scalars
+    with _undamaged(folder):
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in load_file(folder / TENSORS_FILE).items():
+            group, _, key = name.rpartition("/")
+            groups.setdefault(group, {})[key] = tensor
+        pruner.load(groups.get("pruner", {}), scalars["pruner"])
+        if pool is not None:
+            pool.load(groups.get("attackers", {}), scalars["attackers"])
+        for name, head in heads.items():
+            head.load(groups[f"head:{name}"])
+        excess, terms, log = scalars["source_excess"], scalars["terms"], scalars["pruning_log"]
+        return RunState(
+            float(excess),
+            {name: (float(total), int(count)) for name, (total, count) in terms.items()},
+            {name: float(value) for name, value in log.items()},
+        )
 
 
 def load_weights_strictly(model: PreTrainedModel, folder: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,11 +94,11 @@ class Terms:
         self._sums, self._counts = {}, {}
         return {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
 
-    def state(self) -> dict[str, Any]:
-        """JSON-ready sums since the last log, so that the log of a resumed run is that of an uninterrupted one."""
-        return {name: [float(total), self._counts[name]] for name, total in self._sums.items()}
+    def state(self) -> dict[str, tuple[float, int]]:
+        """Sums and counts since the last log, so that the log of a resumed run is that of an uninterrupted one."""
+        return {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
 
-    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load(self, state: Mapping[str, tuple[float, int]], device: torch.device) -> None:
         """Restore what :meth:`state` gave."""
         self._sums = {name: torch.tensor(total, device=device) for name, (total, _) in state.items()}
         self._counts = {name: count for name, (_, count) in state.items()}

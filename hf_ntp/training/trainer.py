@@ -51,7 +51,7 @@ from ..models import (
 from ..run_folder import remove, writing
 from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
-from .checkpoint import check_settings, load_state, load_weights_strictly, save_state
+from .checkpoint import RunState, check_settings, load_state, load_weights_strictly, save_state
 from .config import NTPConfig
 from .distributed import check_processes
 from .domains import Joined, check_task, classifies, shares_of, source_domain, target_domains
@@ -670,13 +670,9 @@ class NTPTrainer(Trainer):
         if self.state.best_model_checkpoint == str(staged):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-        scalars = {
-            "source_excess": float(self._guard.excess),
-            "terms": self._terms.state(),
-            "pruning_log": {key: float(value) for key, value in self._pruning_log.items()},
-            "settings": self.settings(),
-        }
-        save_state(staged, self.pruner, self.heads, self._pool, scalars)
+        log = {key: float(value) for key, value in self._pruning_log.items()}
+        state = RunState(float(self._guard.excess), self._terms.state(), log)
+        save_state(staged, self.pruner, self.heads, self._pool, state, self.settings())
         if final.exists():  # aside as a whole: deleted piece by piece, it could be taken for a checkpoint
             final.replace(staged.parent / "replaced")
         staged.replace(final)
@@ -699,7 +695,7 @@ class NTPTrainer(Trainer):
             if self.args.should_save and last is not None and os.path.samefile(last, checkpoint):
                 self._rotate(Path(last).parent)  # a process that is dead may not have got to it
             device = self.args.device
-            scalars = load_state(Path(checkpoint), self.pruner, self.heads, self._pool)
-            self._guard.excess = torch.tensor(scalars["source_excess"], device=device)
-            self._terms.load(scalars["terms"], device)
-            self._pruning_log = {key: torch.tensor(value) for key, value in scalars["pruning_log"].items()}
+            state = load_state(Path(checkpoint), self.pruner, self.heads, self._pool)
+            self._guard.excess = torch.tensor(state.source_excess, device=device)
+            self._terms.load(state.terms, device)
+            self._pruning_log = {key: torch.tensor(value) for key, value in state.pruning_log.items()}

@@ -85,7 +85,6 @@ def test_weights_of_unauthorized_domains(tmp_path):
             tmp_path / str(len(losses)), target=targets, target_weights=weights, max_steps=1, logging_steps=1
         )
         ours.train()
-        ours._terms = {}
         batch = next(iter(ours.get_train_dataloader()))
         losses[tuple(weights.values())] = ours.compute_loss(ours.model.eval(), batch).item()
         assert {len(part["labels"]) for part in batch["attacked"].values()} == {
