@@ -18,7 +18,17 @@ from .encoder import (
     stage_tokens,
     zero_fraction,
 )
-from .headless import EncoderWithHead, has_head, load_model, plain_model, pooled_features, untrained, with_head
+from .headless import (
+    EncoderWithHead,
+    has_head,
+    load_model,
+    mask_noise,
+    plain_model,
+    pooled_features,
+    reconstructs,
+    untrained,
+    with_head,
+)
 
 __all__ = [
     "EncoderWithHead",
@@ -33,10 +43,12 @@ __all__ = [
     "layers_with_weights",
     "live_weights",
     "load_model",
+    "mask_noise",
     "noted_prunable_weights",
     "plain_model",
     "pooled_features",
     "prunable_weights",
+    "reconstructs",
     "recorded_features",
     "replace_head",
     "scale_free_weights",

@@ -155,14 +155,29 @@ def _unmasked(body: nn.Module, images: Tensor) -> Iterator[dict[str, Tensor]]:
     if not hasattr(config, "mask_ratio") or "noise" not in inspect.signature(body.forward).parameters:
         yield {}
         return
-    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
-    patches = (images.shape[-2] // patch) * (images.shape[-1] // patch)
     published, config.mask_ratio = config.mask_ratio, 0.0
     try:
         # Patches are shuffled in the order of the noise: this one leaves them where they are.
-        yield {"noise": torch.arange(patches, device=images.device).float().expand(len(images), -1)}
+        yield {"noise": torch.arange(_patches(config, images), device=images.device).float().expand(len(images), -1)}
     finally:
         config.mask_ratio = published
+
+
+def _patches(config: Any, images: Tensor) -> int:
+    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+    return (images.shape[-2] // patch) * (images.shape[-1] // patch)
+
+
+def reconstructs(encoder: nn.Module) -> bool:
+    """Whether a model is a masked autoencoder with its decoder: its forward takes noise and gives a loss."""
+    parameters = inspect.signature(encoder.forward).parameters
+    return bool(_TASK.search(type(encoder).__name__)) and {"noise", "pixel_values"} <= parameters.keys()
+
+
+def mask_noise(encoder: nn.Module, images: Tensor, seed: int) -> Tensor:
+    """Noise [N, patches] that decides which patches a masked autoencoder hides; equal for equal seeds."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(len(images), _patches(encoder.config, images), generator=generator).to(images.device)
 
 
 class EncoderWithHead(PreTrainedModel):

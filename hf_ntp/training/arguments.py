@@ -227,8 +227,9 @@ class ProtectionArguments:
         default="auto",
         metadata={
             "help": "What keeps the source alive: 'labels' (cross-entropy of the head, and source_distillation), "
-            "'features' (distance to the original model's pooled features; needs no labels and no head), or 'auto' "
-            "(labels where there is a head)."
+            "'features' (distance to the original model's pooled features; needs no labels and no head), "
+            "'reconstruction' (a masked autoencoder's own loss; its decoder stays as it is), or 'auto' (labels where "
+            "there is a head, else features)."
         },
     )
     source_distillation: float = field(
@@ -250,7 +251,8 @@ class ProtectionArguments:
         default_factory=lambda: [0.3, 0.03],
         metadata={
             "help": "The same limit for source_loss='features': mean squared distance to the original's features "
-            "over their variance. 0 is equal, 1 as bad as one feature vector for all images. Empty: no limit."
+            "over their variance. 0 is equal, 1 as bad as one feature vector for all images. With 'reconstruction': "
+            "the increase of that loss over the original's, relatively. Empty: no limit."
         },
     )
     collapse_weight: float = field(
@@ -293,7 +295,7 @@ class ProtectionArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: an integer >= 1.")
         for name, words in (
             ("target_loss", ("uniform", "ascent")),
-            ("source_loss", ("auto", "labels", "features")),
+            ("source_loss", ("auto", "labels", "features", "reconstruction")),
             ("target_access", ("labelled", "unlabelled", "none")),
             ("fisher", ("trace_ratio", "whitened")),
             ("fisher_level", ("pooled", "stages")),

@@ -1,6 +1,6 @@
 """What keeps the source alive: the original model as a teacher, and a guard that holds the target terms back.
 
-With labels the original's predictions are kept, without labels its features.
+With labels the original's predictions are kept, without labels its features, or what a masked autoencoder does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from ..functional import FeatureDistance, feature_distance
-from ..models import find_head, frozen_batch_norm_statistics, recorded_features
+from ..models import find_head, frozen_batch_norm_statistics, mask_noise, plain_model, recorded_features
 from .arguments import ProtectionArguments
 from .distributed import average, gather_rows
 
@@ -131,6 +131,32 @@ class FeatureGuard(Guard):
         with torch.no_grad(), frozen, recorded_features(self._head) as reference:
             self.original(pixel_values=images)
         return feature_distance(*gather_rows(features, reference[-1]))
+
+
+class ReconstructionGuard(FeatureGuard):
+    """For masked autoencoders: the excess is by how much worse than the original it reconstructs, relatively.
+
+    The decoder stays as it is: the encoder has to give it what it understands.
+    """
+
+    def reconstruct(self, model: PreTrainedModel, images: Tensor, seed: int) -> Tensor:
+        """Note the excess on a source batch, averaged over ranks, and return the loss of the autoencoder.
+
+        Args:
+            model: The model under protection, unwrapped.
+            images: Pixel values [N, 3, H, W].
+            seed: Decides which patches are hidden, alike for the original.
+
+        Returns:
+            Its reconstruction loss over that of the original, a scalar: 1 where both are as good.
+        """
+        encoder, original = plain_model(model), plain_model(self.original)
+        noise = mask_noise(encoder, images, seed)
+        with torch.no_grad():
+            reference = original(pixel_values=images, noise=noise).loss
+        ratio = encoder(pixel_values=images, noise=noise).loss / reference
+        self._note(average(ratio.detach() - 1))
+        return ratio
 
 
 def _frozen_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

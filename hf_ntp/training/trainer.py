@@ -39,7 +39,9 @@ from ..models import (
     has_batch_norm,
     has_head,
     load_model,
+    plain_model,
     prunable_weights,
+    reconstructs,
     recorded_features,
     scale_free_weights,
     stage_tokens,
@@ -53,7 +55,7 @@ from .checkpoint import RunState, check_settings, load_state, load_weights_stric
 from .config import NTPConfig
 from .distributed import check_processes
 from .domains import Joined, check_task, classifies, shares_of, source_domain, target_domains
-from .guard import FeatureGuard, SourceGuard
+from .guard import FeatureGuard, ReconstructionGuard, SourceGuard
 from .objective import TargetBatch, target_terms
 from .paired_data import (
     ImageData,
@@ -160,7 +162,14 @@ class NTPTrainer(Trainer):
         check_precision(network)
         network = with_head(network, args.head_name, args.encoder_name)
         self._headless = not has_head(network, args.head_name)
-        self._matches_features = args.source_loss == "features" or (args.source_loss == "auto" and self._headless)
+        self._matches_features = args.source_loss in ("features", "reconstruction") or (
+            args.source_loss == "auto" and self._headless
+        )
+        if args.source_loss == "reconstruction" and not reconstructs(plain_model(network)):
+            raise ValueError(
+                f"source_loss is 'reconstruction' and the model is {type(plain_model(network)).__name__}; needed: a "
+                "masked autoencoder with its decoder, such as ViTMAEForPreTraining. Use source_loss='features'."
+            )
         if self._headless and not self._matches_features:
             raise ValueError(
                 "source_loss is 'labels' but the model has no classification head; needed: 'features' or 'auto'. To "
@@ -238,7 +247,8 @@ class NTPTrainer(Trainer):
         self._head_name, self._head = head_name, head
         self._pool: AttackerPool | None = None
         # All three are of the model before protection, also where training resumes.
-        self._guard = (FeatureGuard if self._matches_features else SourceGuard)(self.model, args, args.device)
+        unlabelled = ReconstructionGuard if args.source_loss == "reconstruction" else FeatureGuard
+        self._guard = (unlabelled if self._matches_features else SourceGuard)(self.model, args, args.device)
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
         self._original_weights = _digest(p for p in self.model.parameters() if p.requires_grad or not self._headless)
@@ -295,7 +305,10 @@ class NTPTrainer(Trainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what keeps the source alive, and its single terms for the log."""
         if isinstance(self._guard, FeatureGuard):
-            loss = self._guard.match(inputs["pixel_values"], features)
+            if isinstance(self._guard, ReconstructionGuard):
+                loss = self._guard.reconstruct(self.model, inputs["pixel_values"], self._mask_seed())
+            else:
+                loss = self._guard.match(inputs["pixel_values"], features)
             return loss, {"source_loss": loss.detach(), "source_excess": self._guard.excess}
         loss = F.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
         terms = {"source_loss": loss.detach()}
@@ -304,6 +317,11 @@ class NTPTrainer(Trainer):
             terms |= {"distillation_loss": distillation.detach(), "source_excess": self._guard.excess}
             loss = loss + self.args.source_distillation * distillation
         return loss, terms
+
+    def _mask_seed(self) -> int:
+        """Of this step on this rank, so that a resumed run hides the same patches."""
+        entropy = (self.args.seed, self.state.global_step, self.args.process_index)
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def _feature_loss(self, model: nn.Module, images: Tensor, return_outputs: bool) -> Tensor | tuple[Tensor, Any]:
         """Distance of the features of an evaluation batch from the original's; the features are the output."""

@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import ViTImageProcessorPil, ViTModel
+from transformers import ViTImageProcessorPil, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from hf_ntp import PixelDataset
 from hf_ntp.functional import feature_distance
-from hf_ntp.models import EncoderWithHead
+from hf_ntp.models import EncoderWithHead, mask_noise, untrained
 
 from ..conftest import Rows, tiny_vit
 from ..evaluation.conftest import pixels
@@ -144,6 +144,46 @@ def test_images_without_a_label_column(tmp_path):
     with pytest.raises(ValueError, match="needed: 'pixel_values' and 'labels'"):
         trainer(tmp_path, source=unlabelled)
     trainer(tmp_path, tiny_encoder(), source=unlabelled, max_steps=2).train()
+
+
+def tiny_autoencoder():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = ViTMAEConfig(
+        image_size=8, patch_size=2, mask_ratio=0.5, decoder_num_attention_heads=2, decoder_hidden_size=8,
+        decoder_num_hidden_layers=1, decoder_intermediate_size=8, **sizes,
+    )  # fmt: skip
+    return untrained(ViTMAEForPreTraining, config)
+
+
+def test_a_masked_autoencoder_may_keep_what_it_reconstructs(tmp_path):
+    """Half of the patches are hidden, alike for the original; the decoder stays; a resumed run hides the same."""
+    tiny_autoencoder().save_pretrained(tmp_path / "base")
+    options = {"source": Unlabelled(), "source_loss": "reconstruction", "save_strategy": "steps", "save_steps": 6}
+    ours = trainer(tmp_path / "run", str(tmp_path / "base"), **options)
+    ours.train()
+    batch = next(iter(ours.get_train_dataloader()))["pixel_values"]
+    noise = mask_noise(ours.model.encoder, batch, ours._mask_seed())
+    original = ViTMAEForPreTraining.from_pretrained(tmp_path / "base")
+    before, after = (model(pixel_values=batch, noise=noise) for model in (original, ours.model.encoder))
+    assert before.mask.sum(1).tolist() == [8] * len(batch)
+    ratio = ours._guard.reconstruct(ours.model, batch, ours._mask_seed())
+    assert ratio.item() == pytest.approx((after.loss / before.loss).item(), rel=1e-5)
+    assert ours._mask_seed() != trainer(tmp_path / "new", tiny_autoencoder(), **options)._mask_seed()
+
+    ours.save_model(str(tmp_path / "saved"))
+    saved, info = ViTMAEForPreTraining.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert same(saved.decoder, original.decoder)
+    assert not same(saved.vit, original.vit)
+    again = trainer(tmp_path / "run", str(tmp_path / "base"), **options)
+    again.train(str(tmp_path / "run" / "checkpoint-6"))
+    assert same(ours.model, again.model)
+
+
+def test_reconstruction_needs_a_decoder(tmp_path):
+    with pytest.raises(ValueError, match="source_loss is 'reconstruction' and the model is ViTModel"):
+        trainer(tmp_path, tiny_encoder(), source=Unlabelled(), source_loss="reconstruction")
 
 
 def _images(size):
