@@ -2,6 +2,7 @@
 
 from .encoder import (
     LiveWeights,
+    batch_norms,
     blocks_of,
     check_precision,
     find_head,
@@ -34,6 +35,7 @@ from .headless import (
 __all__ = [
     "EncoderWithHead",
     "LiveWeights",
+    "batch_norms",
     "blocks_of",
     "check_precision",
     "find_head",

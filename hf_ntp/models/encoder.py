@@ -211,9 +211,14 @@ def stage_tokens(hidden_states: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
     return tuple(state.flatten(2).mT if state.dim() == 4 else state for state in hidden_states[1:])
 
 
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Layers that normalise with the statistics of a batch in training."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether any layer keeps running statistics of its batches."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
+    return bool(batch_norms(model))
 
 
 def scale_free_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -236,7 +241,7 @@ def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
 
     Unauthorized data must not leak into the statistics that the published model uses in eval mode.
     """
-    tracking = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    tracking = [norm for norm in batch_norms(model) if norm.track_running_stats]
     for module in tracking:
         module.track_running_stats = False
     try:
@@ -247,17 +252,17 @@ def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def separate_batch_norms(model: nn.Module, sizes: Sequence[int]) -> Iterator[None]:
+def separate_batch_norms(norms: Sequence[_BatchNorm], sizes: Sequence[int]) -> Iterator[None]:
     """Let BatchNorm normalise the parts of a batch each by itself; only the first moves the running statistics.
 
     One pass over several domains is then what a pass per domain would be, the later ones with
     :func:`frozen_batch_norm_statistics`.
 
     Args:
-        model: Takes batches of ``sum(sizes)`` images inside the block.
+        norms: Layers of a model (:func:`batch_norms`) that takes batches of ``sum(sizes)`` images inside the block.
         sizes: Images of every part, in order.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)] if len(sizes) > 1 else []
+    norms = norms if len(sizes) > 1 else ()
 
     def apart(norm: _BatchNorm, forward: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         first, *others = batch.split(sizes)

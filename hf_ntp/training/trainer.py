@@ -32,6 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from ..interruption import KeptSignals
 from ..models import (
+    batch_norms,
     blocks_of,
     check_precision,
     find_head,
@@ -253,7 +254,8 @@ class NTPTrainer(Trainer):
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
         self._original_weights = _digest(p for p in self.model.parameters() if p.requires_grad or not self._headless)
         self._attacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        if has_batch_norm(network) and args.gradient_checkpointing:
+        self._batch_norms = batch_norms(network)
+        if self._batch_norms and args.gradient_checkpointing:
             raise ValueError(
                 f"gradient_checkpointing is on and {type(network).__name__} has BatchNorm, whose statistics would see "
                 "the images a second time, those of the target among them; needed: False."
@@ -339,7 +341,7 @@ class NTPTrainer(Trainer):
         labels = {name: target["labels"] for name, target in targets.items()}
         images = [source, *(target["pixel_values"] for target in targets.values())]
         sizes = [len(part) for part in images]
-        with separate_batch_norms(self.model, sizes):
+        with separate_batch_norms(self._batch_norms, sizes):
             logits, together = self._encode(model, torch.cat(images))
         split = [level.split(sizes) for level in together]
         logits, ((kept, *tokens), *levels) = logits[: len(source)], list(zip(*split, strict=True))

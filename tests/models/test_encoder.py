@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_ntp.models import (
+    batch_norms,
     check_precision,
     find_head,
     frozen_batch_norm_statistics,
@@ -134,7 +135,7 @@ def test_a_batch_of_parts_is_normalised_part_by_part():
     one, apart = tiny_resnet().train(), tiny_resnet().train()
     apart.load_state_dict(one.state_dict())
     parts = [torch.randn(4, 3, 8, 8), 5 + torch.randn(6, 3, 8, 8), 3 * torch.randn(2, 3, 8, 8)]
-    with separate_batch_norms(one, [4, 6, 2]):
+    with separate_batch_norms(batch_norms(one), [4, 6, 2]):
         together = one(torch.cat(parts)).logits
     logits = [apart(parts[0]).logits]
     with frozen_batch_norm_statistics(apart):
