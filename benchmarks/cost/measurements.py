@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -54,7 +55,7 @@ STEPS, TURNS = 60, 5
 BATCHES = (32, 64, 128)
 MEMORY_STEPS = 6
 RESNET_SCALES = (0.25, 0.5, 1.0)
-ADMM_TURNS, FISHER_TURNS = 5, 5
+ADMM_TURNS, FISHER_TURNS = 5, 10
 FISHER_IMAGES = 256
 CLASSES, WIDTHS = (10, 100, 1000), (128, 512, 2048)
 REFERENCE_WIDTH = 512
@@ -202,17 +203,25 @@ def tensor_bytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
+def peak_memory() -> int:
+    """Peak memory of this process, in bytes: of the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")  # getrusage begins with what the parent had
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def memory_of(kind: str) -> dict[str, int]:
     """Train a ViT-S for a few steps, in a process of its own: peak memory and what is held, in bytes."""
     model = vit_small()
-    on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         method = options_of(kind, "ViT")
         method = None if method is None else {**method, "admm_interval": 2}
-        trainer = make_trainer(model, 32, method, MEMORY_STEPS, 16, folder, use_cpu=not on_gpu)
+        trainer = make_trainer(model, 32, method, MEMORY_STEPS, 16, folder, use_cpu=not torch.cuda.is_available())
         trainer.train()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    held = {"peak": peak, "prunable": tensor_bytes(prunable_weights(model).values())}
+    held = {"peak": peak_memory(), "prunable": tensor_bytes(prunable_weights(model).values())}
     if isinstance(trainer, hf_ntp.NTPTrainer):
         held["admm"] = tensor_bytes(trainer.pruner.stored.values())
         held["heads"] = tensor_bytes(t for head in trainer.heads.values() for t in head.tensors().values())
@@ -239,14 +248,14 @@ def worker(function: str, *words: str, processes: int = 1) -> Any:
 
 
 def side_by_side(turns: int, *calls: Callable[[], Any]) -> list[float]:
-    """Median seconds of every call; all take turns."""
+    """Least seconds of every call; all take turns."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(turns):
         for seconds, call in zip(times, calls, strict=True):
             start = perf_counter()
             call()
             seconds.append(perf_counter() - start)
-    return [statistics.median(seconds) for seconds in times]
+    return [min(seconds) for seconds in times]
 
 
 def admm() -> list[dict[str, float]]:
