@@ -15,6 +15,7 @@ from .encoder import (
     recorded_features,
     replace_head,
     scale_free_weights,
+    separate_batch_norms,
     stage_tokens,
     zero_fraction,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "recorded_features",
     "replace_head",
     "scale_free_weights",
+    "separate_batch_norms",
     "stage_tokens",
     "untrained",
     "with_head",

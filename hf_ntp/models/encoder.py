@@ -6,8 +6,9 @@ Rules instead of a table of architectures; a model that the rules do not fit get
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -243,6 +244,34 @@ def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for module in tracking:
             module.track_running_stats = True
+
+
+@contextmanager
+def separate_batch_norms(model: nn.Module, sizes: Sequence[int]) -> Iterator[None]:
+    """Let BatchNorm normalise the parts of a batch each by itself; only the first moves the running statistics.
+
+    One pass over several domains is then what a pass per domain would be, the later ones with
+    :func:`frozen_batch_norm_statistics`.
+
+    Args:
+        model: Takes batches of ``sum(sizes)`` images inside the block.
+        sizes: Images of every part, in order.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)] if len(sizes) > 1 else []
+
+    def apart(norm: _BatchNorm, forward: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        first, *others = batch.split(sizes)
+        normalised = [forward(first)]
+        with frozen_batch_norm_statistics(norm):
+            return torch.cat([*normalised, *(forward(part) for part in others)])
+
+    for norm in norms:
+        vars(norm)["forward"] = partial(apart, norm, norm.forward)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del vars(norm)["forward"]
 
 
 class LiveWeights(NamedTuple):

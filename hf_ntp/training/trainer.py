@@ -35,7 +35,6 @@ from ..models import (
     blocks_of,
     check_precision,
     find_head,
-    frozen_batch_norm_statistics,
     has_batch_norm,
     has_head,
     load_model,
@@ -44,6 +43,7 @@ from ..models import (
     reconstructs,
     recorded_features,
     scale_free_weights,
+    separate_batch_norms,
     stage_tokens,
     with_head,
     zero_fraction,
@@ -253,8 +253,7 @@ class NTPTrainer(Trainer):
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
         self._original_weights = _digest(p for p in self.model.parameters() if p.requires_grad or not self._headless)
         self._attacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._batch_norm = has_batch_norm(network)
-        if self._batch_norm and args.gradient_checkpointing:
+        if has_batch_norm(network) and args.gradient_checkpointing:
             raise ValueError(
                 f"gradient_checkpointing is on and {type(network).__name__} has BatchNorm, whose statistics would see "
                 "the images a second time, those of the target among them; needed: False."
@@ -335,21 +334,15 @@ class NTPTrainer(Trainer):
     def _forward(
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], dict[str, TargetBatch]]:
-        """Return logits, features and tokens of the source, and the target part.
-
-        One pass, or one per domain with BatchNorm.
-        """
+        """Return logits, features and tokens of the source, and the target part, in one pass."""
         source, targets = inputs["pixel_values"], inputs["targets"]
         labels = {name: target["labels"] for name, target in targets.items()}
-        if self._batch_norm:
-            logits, (kept, *tokens) = self._encode(model, source)
-            with frozen_batch_norm_statistics(self.model):
-                levels = [self._encode(model, target["pixel_values"])[1] for target in targets.values()]
-        else:
-            images = [source, *(target["pixel_values"] for target in targets.values())]
+        images = [source, *(target["pixel_values"] for target in targets.values())]
+        sizes = [len(part) for part in images]
+        with separate_batch_norms(self.model, sizes):
             logits, together = self._encode(model, torch.cat(images))
-            split = [level.split([len(part) for part in images]) for level in together]
-            logits, ((kept, *tokens), *levels) = logits[: len(source)], list(zip(*split, strict=True))
+        split = [level.split(sizes) for level in together]
+        logits, ((kept, *tokens), *levels) = logits[: len(source)], list(zip(*split, strict=True))
         targets = zip(labels, levels, strict=True)
         return (
             logits,

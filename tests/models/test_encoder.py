@@ -13,6 +13,7 @@ from hf_ntp.models import (
     recorded_features,
     replace_head,
     scale_free_weights,
+    separate_batch_norms,
     stage_tokens,
     zero_fraction,
 )
@@ -126,6 +127,26 @@ def test_batch_norm_statistics_stay_while_batches_are_normalised():
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert torch.equal(frozen, model(images).logits)
     assert not all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_a_batch_of_parts_is_normalised_part_by_part():
+    """As passes of their own would do, of which the first alone moves the running statistics."""
+    one, apart = tiny_resnet().train(), tiny_resnet().train()
+    apart.load_state_dict(one.state_dict())
+    parts = [torch.randn(4, 3, 8, 8), 5 + torch.randn(6, 3, 8, 8), 3 * torch.randn(2, 3, 8, 8)]
+    with separate_batch_norms(one, [4, 6, 2]):
+        together = one(torch.cat(parts)).logits
+    logits = [apart(parts[0]).logits]
+    with frozen_batch_norm_statistics(apart):
+        logits += [apart(part).logits for part in parts[1:]]
+    torch.testing.assert_close(together, torch.cat(logits))
+    for (name, mine), (_, theirs) in zip(one.named_buffers(), apart.named_buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=name)
+    together.square().sum().backward()
+    torch.cat(logits).square().sum().backward()
+    for (name, mine), (_, theirs) in zip(one.named_parameters(), apart.named_parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
+    assert not any("forward" in vars(module) for module in one.modules())
 
 
 def test_live_weights_by_hand():
