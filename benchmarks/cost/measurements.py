@@ -62,7 +62,7 @@ REFERENCE_WIDTH = 512
 """Wider, the whitened reference keeps more matrices for its backward pass than most machines can hold."""
 SWEEP_STEPS = 200
 PUBLISHED_SPARSITY = 0.95
-PRETRAIN_STEPS, PROTECTION_STEPS = 1500, 1500
+PRETRAIN_STEPS, PROTECTION_STEPS, ATTACK_STEPS = 1500, 1500, 300
 
 
 class RandomImages(Dataset):
@@ -418,7 +418,11 @@ def protect() -> dict[str, Any]:
             for attack in DECISIVE[:2]:
                 arms.append(hf_ntp.Arm(f"{preset}/{attack}", f"{name}/{preset}", attack=hf_ntp.ATTACKS[attack]))
         curves = hf_ntp.sample_wise_learning_curves(
-            arms, attack_data(), [10, 30, 100], (0, 1), hf_ntp.FineTuneProtocol(300, learning_rates=(1e-3, 3e-3))
+            arms,
+            attack_data(),
+            [10, 30, 100],
+            (0, 1),
+            hf_ntp.FineTuneProtocol(ATTACK_STEPS, learning_rates=(1e-3, 3e-3)),
         )
     for arm, areas in summarize(curves).items():
         preset, _, attack = arm.partition("/")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.cost import measurements
 from hf_ntp.attacks import DECISIVE
@@ -146,6 +147,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     def panel(title: str, x: str, y: str, log: bool = True) -> Any:
         axis = next(axes)
         axis.set(title=title, xlabel=x, ylabel=y, **({"xscale": "log", "yscale": "log"} if log else {}))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.tick_params(labelsize=8)
         return axis
 
     if "step" in results:
@@ -180,7 +183,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         for term, color in (("trace_ratio", "C0"), ("whitened_discriminant", "C1")):
             entries = [e for e in results["fisher"] if e["term"] == term and e[fixed] == value]
             for i, (who, style) in enumerate((("ours", "o-"), ("reference", "s--"))):
-                points = [(e[key], e["seconds"][i]) for e in entries if len(e["seconds"]) > i]
+                points = sorted((e[key], e["seconds"][i]) for e in entries if len(e["seconds"]) > i)
                 axis.plot(*zip(*points, strict=True), style, color=color, label=f"{term}, {who}")
         axis.legend(fontsize=7)
     if "sweep" in results:
