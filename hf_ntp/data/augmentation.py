@@ -43,7 +43,6 @@ class RandomView:
         smallest_crop: Shortest side of a crop, as a share of the image's; crops have any aspect ratio above it.
         rotation: Largest angle, degrees.
         jitter: Largest change of brightness (in standard deviations) and, relatively, of contrast.
-        grey: Probability that the colours are taken away: else what two views have in common is their colour.
         invert: Probability that light and dark are exchanged.
         blur: Probability of a blur.
         noise: Largest standard deviation of the noise, as a share of the image's.
@@ -51,8 +50,7 @@ class RandomView:
 
     smallest_crop: float = 0.65
     rotation: float = 15.0
-    jitter: float = 0.8
-    grey: float = 0.5
+    jitter: float = 0.5
     invert: float = 0.2
     blur: float = 0.2
     noise: float = 0.2
@@ -87,9 +85,7 @@ class RandomView:
         brightness = spread * _uniform(rng, -self.jitter, self.jitter, *shape)
         grain = torch.from_numpy(rng.standard_normal(images.shape, dtype=np.float32))
         noise = spread * _uniform(rng, 0, self.noise, *single) * grain
-        coloured = (images - mean) * contrast + mean + brightness
-        grey = _uniform(rng, 0, 1, *single) < self.grey
-        return torch.where(grey, coloured.mean(1, keepdim=True), coloured) + noise
+        return (images - mean) * contrast + mean + brightness + noise
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from hf_ntp.data import RandomView
 
-STILL = {"smallest_crop": 1.0, "rotation": 0.0, "jitter": 0.0, "grey": 0.0, "invert": 0.0, "blur": 0.0, "noise": 0.0}
+STILL = {"smallest_crop": 1.0, "rotation": 0.0, "jitter": 0.0, "invert": 0.0, "blur": 0.0, "noise": 0.0}
 
 
 def view(images, seed=0, **options):
@@ -43,11 +43,6 @@ def test_a_crop_is_a_part_of_the_image():
     assert (cropped <= 7).all()
     slopes = cropped[..., 1:-1].diff(dim=-1).mean((1, 2, 3))
     assert ((slopes >= 0.5 - 1e-4) & (slopes < 1)).all()
-
-
-def test_grey_images_have_the_mean_of_their_channels():
-    grey = view(images(), grey=1.0)
-    assert torch.allclose(grey, images().mean(1, keepdim=True).expand_as(grey), atol=1e-5)
 
 
 def test_brightness_and_contrast_are_in_units_of_the_image():
