@@ -61,6 +61,7 @@ def test_a_claim_has_one_owner(tmp_path):
         ("", 0, False),  # being written
         ("", claims.EXPIRY + 5, True),
     ],
+    ids=["elsewhere", "elsewhere silent", "alive", "dead", "being written", "never written"],
 )
 def test_a_dead_owner_loses_the_claim_to_one_process_only(tmp_path, owner, age, free):
     dead = tmp_path / "a.0.claim"

@@ -75,7 +75,7 @@ def test_values_and_gradients_against_loops_over_classes(criterion, classes, siz
     found, wanted = features.clone().requires_grad_(), features.double().requires_grad_()
     value = criterion(found, labels, classes, 0.1)
     expected = getattr(reference, criterion.__name__)(wanted, labels, classes, 0.1)
-    assert float(value) == pytest.approx(float(expected), rel=1e-4)
+    assert value.item() == pytest.approx(float(expected), rel=1e-4)
     (gradient,), (other,) = torch.autograd.grad(value, found), torch.autograd.grad(expected, wanted)
     assert torch.allclose(gradient, other.float(), atol=1e-4 * float(other.abs().max()))
 
