@@ -24,14 +24,9 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
     Returns:
         Means [..., K, D] (zero where a class is absent; weigh by the counts) and counts [K].
     """
-    sums, counts = _class_sums(features, labels, num_classes)
-    return sums / counts.clamp(min=1).unsqueeze(-1), counts
-
-
-def _class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     counts = features.new_zeros(num_classes).index_add(0, labels, features.new_ones(len(labels)))
     sums = features.new_zeros(*features.shape[:-2], num_classes, features.shape[-1]).index_add(-2, labels, features)
-    return sums, counts
+    return sums / counts.clamp(min=1).unsqueeze(-1), counts
 
 
 def _deviations(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -49,12 +44,10 @@ def _deviations(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
     many = num_classes >= size
     if many:  # number the classes by their first sample
         labels, num_classes = (labels[:, None] == labels).int().argmax(1), size
-    sums, counts = _class_sums(features, labels, num_classes)
-    own = sums.index_select(-2, labels) / counts[labels].unsqueeze(-1)
-    mean = features.mean(-2, keepdim=True)
+    means, counts = class_means(features, labels, num_classes)
+    own, mean = means.index_select(-2, labels), features.mean(-2, keepdim=True)
     if many:
         return (features - own) / size**0.5, (own - mean) / size**0.5
-    means = sums / counts.clamp(min=1).unsqueeze(-1)
     # The square root is taken of counts, not of learnt values: absent classes give 0 with no gradient.
     return (features - own) / size**0.5, (means - mean) * (counts / size).sqrt().unsqueeze(-1)
 
