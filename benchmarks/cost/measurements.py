@@ -369,7 +369,7 @@ def publish() -> dict[str, Any]:
         trainer.train()
         with timed(seconds, "save"):
             trainer.model.save_pretrained(folder)
-        with timed(seconds, "write record and card"):
+        with timed(seconds, "measure zeros, write record and card"):
             write_folder(trainer, folder)
         with timed(seconds, "sign"):
             hf_ntp.sign_folder(folder, private)

@@ -160,6 +160,12 @@ class NTPTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ) -> None:
         network = load_model(model, args.head_name, args.encoder_name) if isinstance(model, str) else model
+        if not isinstance(network, PreTrainedModel):
+            raise TypeError(
+                f"the model is {type(network).__name__}; needed: a transformers model. One that carries an adapter is "
+                "protected with it merged, model.merge_and_unload().requires_grad_(True), or without it, "
+                "model.unload().requires_grad_(True): PEFT leaves its weights frozen."
+            )
         check_precision(network)
         network = with_head(network, args.head_name, args.encoder_name)
         self._headless = not has_head(network, args.head_name)
