@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 RUN_FILE = "run.json"
@@ -57,8 +58,7 @@ def claim_run_folder(folder: str | Path, settings: Mapping[str, Any]) -> Path:
     """
     folder = Path(folder)
     record = folder / RUN_FILE
-    if folder.exists():
-        clear_unfinished(folder)
+    clear_unfinished(folder)
     # Looked at in this order, and without what is being written, several processes of one run may claim it at once.
     used = folder.exists() and any(not path.name.startswith(f".{RUN_FILE}.") for path in folder.iterdir())
     if record.is_file():
@@ -85,28 +85,20 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_NODE}-{os.getpid()}.unfinished")
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
 def clear_unfinished(folder: Path, name: str | None = None) -> None:
     """Remove what processes of this machine that are dead have left half-written in a folder.
 
     Args:
-        folder: Where to look; not in its folders.
+        folder: Where to look; not in its folders. One that is not there holds nothing.
         name: Of the file or folder that they wrote; None for all.
     """
+    if not folder.is_dir():
+        return
     shape = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.{re.escape(_NODE)}-(\d+)\.unfinished")
     with os.scandir(folder) as entries:
         found = [(entry.path, shape.fullmatch(entry.name)) for entry in entries]
     for path, match in found:
-        if match and not _alive(int(match[1])):
+        if match and not psutil.pid_exists(int(match[1])):
             remove(Path(path))
 
 
@@ -171,8 +163,7 @@ def _whole(path: Path) -> Iterator[Path]:
     staged = _beside(path)
     try:
         with writing(path):
-            if path.parent.exists():
-                clear_unfinished(path.parent, path.name)
+            clear_unfinished(path.parent, path.name)
             yield staged
     except BaseException:
         remove(staged)

@@ -31,9 +31,9 @@ from benchmarks.strength.run import (
     rounded,
     settings_of,
     source_accuracy,
+    write_results,
 )
 from hf_ntp.evaluation.suite import run_attacks
-from hf_ntp.run_folder import whole_file
 
 HERE = Path(__file__).parent
 ARCHITECTURE = "vit"
@@ -154,11 +154,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             models = models_of(cell, seed, work / settings, arguments.jobs or joblib.cpu_count())
             found = rounded(measure(cell, models, work, arguments.jobs))
             results[key] = {"settings": settings, "seconds": round(perf_counter() - start), **found}
-            out.mkdir(parents=True, exist_ok=True)
-            with whole_file(out / "results.json") as staged:
-                staged.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-            with whole_file(out / "table.md") as staged:
-                staged.write_text(table(results) + "\n")
+            write_results(results, table(results), out)
             print(f"\n{table(results)}\n", flush=True)
     return results
 

@@ -20,19 +20,15 @@ from typing import Any
 
 from benchmarks.cost.measurements import SECTIONS, memory_of, recipe_peak, sweep_of
 from benchmarks.cost.report import mib, plot, table
-from hf_ntp.run_folder import whole_file
+from benchmarks.strength.run import rounded, write_results
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 
 
-def rounded(value: Any) -> Any:
-    """Round every number of a JSON tree to four significant digits."""
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(part) for part in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def four_digits(value: float) -> float:
+    """Round to four significant digits: figures reach from milliseconds to gigabytes."""
+    return float(f"{value:.4g}")
 
 
 def into_readme(results: dict[str, Any]) -> None:
@@ -68,17 +64,14 @@ def main(argv: list[str]) -> None:
         print(f"peak memory of one process of the default recipe: {mib(recipe_peak())}")
         return
     out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
     known = out / "results.json"
     results = json.loads(known.read_text()) if known.exists() else {}
     for name in [*arguments.only, *(["gpu_step"] if arguments.gpu else [])]:
         start = perf_counter()
-        results[name] = rounded(SECTIONS[name]())
+        results[name] = rounded(SECTIONS[name](), four_digits)
         print(f"{name}: {perf_counter() - start:.0f} s", flush=True)
         results = {key: results[key] for key in SECTIONS if key in results}
-        with whole_file(known) as staged:
-            staged.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-        (out / "table.md").write_text(table(results) + "\n")
+        write_results(results, table(results), out)
         plot(results, out / "cost.png")
         if out.resolve() == HERE.resolve():
             into_readme(results)

@@ -23,10 +23,19 @@ import joblib
 from transformers import ViTImageProcessorPil
 
 import hf_ntp
-from benchmarks.strength.run import ARCHITECTURES, Cell, load, percent, pretrain, protect, rounded, source_accuracy
+from benchmarks.strength.run import (
+    ARCHITECTURES,
+    Cell,
+    load,
+    percent,
+    pretrain,
+    protect,
+    rounded,
+    source_accuracy,
+    write_results,
+)
 from benchmarks.strength.run import sparsity as sparsity_of
 from hf_ntp.evaluation.suite import run_attacks
-from hf_ntp.run_folder import whole_file
 
 HERE = Path(__file__).parent
 ATTACKS = ("dense", "mask_kept", "first_block_reinit")
@@ -130,11 +139,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             continue
         folder = work / "models" / f"{key.replace(' ', '')}-{joblib.hash(settings)[:8]}"
         results[key] = {"settings": settings, **rounded(measure(cell, CANDIDATES[name], seed, work, folder))}
-        out.mkdir(parents=True, exist_ok=True)
-        with whole_file(out / "results.json") as staged:
-            staged.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-        with whole_file(out / "table.md") as staged:
-            staged.write_text(table(results) + "\n")
+        write_results(results, table(results), out)
         print(f"\n{table(results)}\n", flush=True)
     return results
 

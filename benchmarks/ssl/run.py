@@ -27,13 +27,22 @@ from hf_ntp.recipes.ntp_ssl import SSLArguments
 
 import hf_ntp
 from benchmarks.search.run import validation_arena
-from benchmarks.strength.run import ARCHITECTURES, OWNER_FRACTION, Cell, load, percent, protect, rounded, save
+from benchmarks.strength.run import (
+    ARCHITECTURES,
+    OWNER_FRACTION,
+    Cell,
+    load,
+    percent,
+    protect,
+    rounded,
+    save,
+    write_results,
+)
 from hf_ntp.data import RandomShift
 from hf_ntp.evaluation.cache import FIT_VERSION
 from hf_ntp.evaluation.suite import run_attacks
 from hf_ntp.evaluation.utility import source_utility
 from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
-from hf_ntp.run_folder import whole_file
 from hf_ntp.training.arguments import ProtectionArguments
 from hf_ntp.training.self_supervised import pretrain, small_encoder
 
@@ -194,7 +203,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         work_left = (joblib.delayed(_timed)(name, *names[name], arguments.validation, work) for name in wanted)
         for name, found in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)(work_left):
             results["runs"] = {n: r for n in names if (r := {**results["runs"], name: rounded(found)}.get(n))}
-            write(results, out)
+            write_results(results, table(results), out)
             print(f"\n{table(results)}\n", flush=True)
     return results
 
@@ -203,15 +212,6 @@ def _timed(name: str, method: str, cell: Cell, seed: int, validation: bool, work
     start = perf_counter()
     found = measure(method, cell, seed, validation, work)
     return name, {"seconds": perf_counter() - start, **found}
-
-
-def write(results: dict[str, Any], out: Path) -> None:
-    """Write results and table."""
-    out.mkdir(parents=True, exist_ok=True)
-    with whole_file(out / "results.json") as staged:
-        staged.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    with whole_file(out / "table.md") as staged:
-        staged.write_text(table(results) + "\n")
 
 
 if __name__ == "__main__":

@@ -318,12 +318,17 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+def write_results(results: dict[str, Any], rows: str, out: Path) -> None:
+    """Write results.json and table.md, each whole or not at all: what every benchmark does after every run."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (("results.json", json.dumps(results, indent=1, allow_nan=False)), ("table.md", rows)):
+        with whole_file(out / name) as staged:
+            staged.write_text(text + "\n")
+
+
 def write(results: dict[str, Any], out: Path) -> None:
     """Write results, table and figure."""
-    out.mkdir(parents=True, exist_ok=True)
-    with whole_file(out / "results.json") as staged:
-        staged.write_text(json.dumps(rounded(results), indent=1, allow_nan=False) + "\n")
-    (out / "table.md").write_text(table(results) + "\n")
+    write_results(rounded(results), table(results), out)
     plot(results, out / "strength.png")
     for name, full in results["full_suite"].items():
         stem = f"full_{name.replace('/', '_')}"
@@ -331,13 +336,13 @@ def write(results: dict[str, Any], out: Path) -> None:
         plot_attacks(full["attacks"], out / f"{stem}.png", f"All attacks on {name}")
 
 
-def rounded(value: Any) -> Any:
-    """Round every number of a JSON tree to four digits after the point: seeds scatter by far more."""
+def rounded(value: Any, number: Callable[[float], float] = lambda found: round(found, 4)) -> Any:
+    """Round every number of a JSON tree, to four digits after the point by default: seeds scatter by far more."""
     if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
+        return {key: rounded(part, number) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [rounded(part) for part in value]
-    return round(value, 4) if isinstance(value, float) else value
+        return [rounded(part, number) for part in value]
+    return number(value) if isinstance(value, float) else value
 
 
 def parse(argv: list[str]) -> Namespace:

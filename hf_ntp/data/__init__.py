@@ -9,7 +9,7 @@ from .domains import EMBEDDED_DOMAINS, load_domain
 from .images import PixelDataset, preprocess, to_rgb
 from .neighbourhood import Neighbourhood
 from .reference import DomainReference, domain_name
-from .rows import fetch_rows
+from .rows import fetch_rows, fingerprint_of
 from .splits import nested_subsets, split_owner_attacker, stratified_pieces
 from .synthetic import mnistm, syn
 
@@ -26,6 +26,7 @@ __all__ = [
     "domain_name",
     "fetch_rows",
     "find_columns",
+    "fingerprint_of",
     "load_domain",
     "mnist",
     "mnistm",

@@ -61,10 +61,10 @@ class RandomView:
 
     def _moved(self, images: Tensor, rng: np.random.Generator) -> Tensor:
         count = len(images)
-        width, height = _uniform(rng, self.smallest_crop, 1.0, 2, count)
+        width, height = uniform(rng, self.smallest_crop, 1.0, 2, count)
         # The crop's centre, such that it stays inside: coordinates run from -1 to 1.
-        across, down = _uniform(rng, -1.0, 1.0, 2, count)
-        angle = _uniform(rng, -radians(self.rotation), radians(self.rotation), count)
+        across, down = uniform(rng, -1.0, 1.0, 2, count)
+        angle = uniform(rng, -radians(self.rotation), radians(self.rotation), count)
         rows = [
             torch.stack([width * angle.cos(), -height * angle.sin(), across * (1 - width)], -1),
             torch.stack([width * angle.sin(), height * angle.cos(), down * (1 - height)], -1),
@@ -76,17 +76,18 @@ class RandomView:
         shape = (len(images), images.shape[1], 1, 1)
         single = (len(images), 1, 1, 1)
         blurred = F.avg_pool2d(F.pad(images, [1] * 4, mode="replicate"), 3, stride=1)
-        images = torch.where(_uniform(rng, 0, 1, *single) < self.blur, blurred, images)
+        images = torch.where(uniform(rng, 0, 1, *single) < self.blur, blurred, images)
         spread, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-        inverted = _uniform(rng, 0, 1, *single) < self.invert
+        inverted = uniform(rng, 0, 1, *single) < self.invert
         images, mean = (torch.where(inverted, low + high - value, value) for value in (images, mean))
-        contrast = 1 + _uniform(rng, -self.jitter, self.jitter, *shape)
-        brightness = spread * _uniform(rng, -self.jitter, self.jitter, *shape)
+        contrast = 1 + uniform(rng, -self.jitter, self.jitter, *shape)
+        brightness = spread * uniform(rng, -self.jitter, self.jitter, *shape)
         grain = torch.from_numpy(rng.standard_normal(images.shape, dtype=np.float32))
-        noise = spread * _uniform(rng, 0, self.noise, *single) * grain
+        noise = spread * uniform(rng, 0, self.noise, *single) * grain
         return (images - mean) * contrast + mean + brightness + noise
 
 
-def _uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> Tensor:
+def uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> Tensor:
+    """Draw numbers in [low, high), float32."""
     return torch.from_numpy(rng.uniform(low, high, shape).astype(np.float32))

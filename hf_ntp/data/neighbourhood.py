@@ -15,13 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
-from .rows import fetch_rows
+from .augmentation import uniform
+from .rows import fetch_rows, fingerprint_of
 
 _RANGE_ROWS = 256
-
-
-def _uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> Tensor:
-    return torch.from_numpy(rng.uniform(low, high, shape)).float()
 
 
 def invert(images: Tensor, rng: np.random.Generator) -> Tensor:
@@ -31,14 +28,14 @@ def invert(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 def recolour(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Dark and bright become two colours that are drawn for every image and channel."""
-    first, second = _uniform(rng, 0, 1, 2, len(images), 3, 1, 1)
+    first, second = uniform(rng, 0, 1, 2, len(images), 3, 1, 1)
     return torch.lerp(first, second, images)
 
 
 def blend(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Absolute difference to smooth colour noise, as MNIST-M has it to photographs (Ganin et al., 2016)."""
     cells = int(rng.integers(2, 9))
-    noise = F.interpolate(_uniform(rng, 0, 1, len(images), 3, cells, cells), images.shape[-2:], mode="bicubic")
+    noise = F.interpolate(uniform(rng, 0, 1, len(images), 3, cells, cells), images.shape[-2:], mode="bicubic")
     return (images - noise.clamp(0, 1)).abs()
 
 
@@ -46,7 +43,7 @@ def restyle(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Amplitudes of the spectrum of another image of the batch and of noise, own phases (Yang & Soatto, 2020)."""
     spectrum = torch.fft.rfft2(images)
     others = torch.fft.rfft2(images[torch.from_numpy(rng.permutation(len(images)))])
-    gain = _uniform(rng, 0.3, 1.7, *spectrum.shape)
+    gain = uniform(rng, 0.3, 1.7, *spectrum.shape)
     return torch.fft.irfft2(torch.polar(others.abs() * gain, spectrum.angle()), images.shape[-2:])
 
 
@@ -67,9 +64,9 @@ def thicken(images: Tensor, rng: np.random.Generator) -> Tensor:
 def move(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Turned by 15 to 40 degrees to either side, scaled by 0.6 to 1.5 and sheared; the border is repeated."""
     count = len(images)
-    angle = _uniform(rng, 0.26, 0.7, count) * torch.from_numpy(rng.choice([-1.0, 1.0], count)).float()
-    width, height = _uniform(rng, 0.6, 1.5, 2, count)
-    shear, cos, sin = _uniform(rng, -0.3, 0.3, count), angle.cos(), angle.sin()
+    angle = uniform(rng, 0.26, 0.7, count) * torch.from_numpy(rng.choice([-1.0, 1.0], count)).float()
+    width, height = uniform(rng, 0.6, 1.5, 2, count)
+    shear, cos, sin = uniform(rng, -0.3, 0.3, count), angle.cos(), angle.sin()
     zero = torch.zeros(count)
     matrix = torch.stack([cos / width, (shear - sin) / width, zero, sin / height, cos / height, zero], 1)
     grid = F.affine_grid(matrix.view(-1, 2, 3), list(images.shape), align_corners=False)
@@ -123,7 +120,7 @@ class Neighbourhood(Dataset):
     def __init__(self, data: Dataset, seed: int = 0) -> None:
         self.data: Any = data
         self.seed = seed
-        self.fingerprint = f"neighbourhood of {getattr(data, 'fingerprint', f'{len(self)} rows')}"
+        self.fingerprint = f"neighbourhood of {fingerprint_of(data)}"
         # Pixels are normalised in ways that only their processor knows: ranges come from some of the images.
         rows = fetch_rows(data, range(min(_RANGE_ROWS, len(self))))
         some = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])

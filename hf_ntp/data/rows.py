@@ -12,3 +12,9 @@ def fetch_rows(dataset: Dataset, indices: Sequence[int]) -> list[dict[str, Any]]
     """Return the rows of ``indices``, through ``__getitems__`` where the dataset has it, as data loaders do."""
     together = getattr(dataset, "__getitems__", None)
     return together(indices) if together else [dataset[index] for index in indices]
+
+
+def fingerprint_of(dataset: Dataset) -> Any:
+    """What tells a dataset from others: its ``fingerprint`` where it has one, else its number of rows."""
+    rows: Any = dataset
+    return getattr(dataset, "fingerprint", f"{len(rows)} rows")

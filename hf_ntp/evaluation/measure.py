@@ -177,6 +177,7 @@ def measure_sparsity(
     """Count zeros over prunable and over live weights of a protected model."""
     notes: dict[str, Any] = getattr(model.config, "ntp", None) or {}
     weights = noted_prunable_weights(model)
+    # Dataset has no __len__ for the type checker, but every map-style dataset has one.
     some: Dataset = Subset(source, range(min(len(source), _LIVE_IMAGES)))  # type: ignore[arg-type]
     batches: Iterable[dict[str, Any]] = DataLoader(some, 64, collate_fn=default_data_collator)
     inside = "" if has_head(model) else f"{model.base_model_prefix}."  # parameters are named as in the file of weights

@@ -19,6 +19,11 @@ _BEYOND = (
 )
 
 
+def measured_sources(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a ``results.json`` has for each authorized domain: names, accuracies, test images."""
+    return [results["source"], *results.get("other_sources", [])]
+
+
 def measured_targets(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What a ``results.json`` has for each unauthorized domain: "target", "slc", "slc_auc", "retained_transfer"."""
     return [results, *results.get("other_targets", [])]
@@ -39,7 +44,7 @@ def source_accuracy(results: Mapping[str, Any]) -> dict[str, Any]:
             "after": source["accuracy_after"],
             "images": source["test_images"],
         }
-        for source in (results["source"], *results.get("other_sources", []))
+        for source in measured_sources(results)
     ]
     if len(domains) == 1:
         del domains[0]["domain"]

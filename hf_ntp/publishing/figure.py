@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .evidence import measured_targets
+from .evidence import measured_sources, measured_targets
 
 _STYLES = {
     "scratch": ("from scratch", "#555555", "--", "s"),
@@ -27,7 +27,7 @@ def plot_learning_curves(results: Mapping[str, Any], path: str | Path) -> None:
         results: With "slc", "slc_auc" and the names of the domains.
         path: Where to write the picture.
     """
-    authorized = " and ".join(found["domain"] for found in (results["source"], *results.get("other_sources", [])))
+    authorized = " and ".join(found["domain"] for found in measured_sources(results))
     forbidden = (
         f"What the checkpoint is worth on the unauthorized domain\n(authorized: {authorized}; "
         "lower is better for the owner; dashed: no checkpoint at all)"

@@ -58,8 +58,7 @@ def write_record(folder: str | Path, record: Mapping[str, Any]) -> None:
     Raises:
         RecordError: If it could not be read again: it does not fit the schema, or the folder holds links or odd names.
     """
-    if Path(folder).is_dir():
-        clear_unfinished(Path(folder))
+    clear_unfinished(Path(folder))
     whole = {**record, "files": file_digests(folder)}
     try:
         data = (json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")

@@ -19,6 +19,7 @@ from ..run_folder import weight_digests, whole_file
 from .attack_report import plot_attacks
 from .card import ARM_LABELS, render_card
 from .evidence import (
+    measured_sources,
     measured_targets,
     not_tested,
     source_accuracy,
@@ -309,7 +310,7 @@ def results_table(results: Mapping[str, Any]) -> str:
     lines = [
         f"authorized    {source['domain']}: {name} {source[f'{key}_before']:.3f} before, "
         f"{source[f'{key}_after']:.3f} after ({source['test_images']} test images)"
-        for source in (results["source"], *results.get("other_sources", []))
+        for source in measured_sources(results)
         for name, key in (_PROBES if "knn_before" in source else _ACCURACY)
     ]
     lines.append(

@@ -60,8 +60,7 @@ def sign_folder(folder: str | Path, private_key: str | Path, password: str | byt
 
     secret = password.encode() if isinstance(password, str) else password
     _check_private_key(private_key, secret)
-    if Path(folder).is_dir():
-        clear_unfinished(Path(folder))
+    clear_unfinished(Path(folder))
     files = check_contents(folder)
     digests = sha256_of({name: path for name, path in files.items() if name != SIGNATURE_FILE})
     check_files(read_record(folder), digests)

@@ -32,68 +32,10 @@ from transformers import PreTrainedModel
 
 from ..models import blocks_of, changes, frozen_batch_norm_statistics, recorded_features
 from .arguments import ProtectionArguments
+from .attacker import INFORMED, ZEROS, Attacker, Plan
 
-_BETAS = (0.9, 0.999)
-_MOMENTUM = 0.9
-# What SGD with momentum needs to move as fast as Adam does at a rate.
-_SGD_RATE_FACTOR = 10.0
-_HEAD_STD = 0.02
-
-_ZEROS = "zeros"
-_INFORMED: dict[str, tuple[Callable[[PreTrainedModel, int], dict[str, float]], ...]] = {
-    "norms": (changes.reset_norms,),
-    "rescaled": (changes.renormalize,),
-    "perturbed": (changes.shrink_and_perturb,),
-    "stem": (changes.reinit_stem,),
-    "first_block": (changes.reinit_first_block,),
-    "stem_and_first_block": (changes.reinit_stem, changes.reinit_first_block),
-    _ZEROS: (),
-}
-# The first block is what a protection likes to turn into a gate, so it is attacked most.
-_SHARES = {
-    "norms": 2,
-    "rescaled": 1,
-    "perturbed": 2,
-    "stem": 1,
-    "first_block": 4,
-    "stem_and_first_block": 2,
-    _ZEROS: 1,
-}
 # An attacker this close to chance has nothing to be denied.
 _MARGIN = 0.02
-_RATE_WARMUP = 5
-
-
-class Plan(NamedTuple):
-    """What one attacker is; drawn from (seed, slot, life), so that a resumed run draws the same."""
-
-    rate: float
-    sgd: bool
-    lifetime: int
-    start: str
-    keeps_mask: bool
-    seed: int
-
-    @classmethod
-    def draw(cls, options: ProtectionArguments, seed: int, slot: int, life: int) -> Plan:
-        """Draw the attacker that is number ``life`` in ``slot``."""
-        rng = np.random.default_rng([seed, slot, life])
-        shortest, longest = options.attacker_horizon
-        lifetime = round(float(np.exp(rng.uniform(np.log(shortest), np.log(longest)))))
-        if life == 0:  # staggered: the first ones die early, one after the other
-            lifetime = max(shortest, lifetime * (slot + 1) // options.attackers)
-        informed = rng.random() < options.attacker_informed
-        shares = np.array(list(_SHARES.values()))
-        start = str(rng.choice(list(_SHARES), p=shares / shares.sum())) if informed else "plain"
-        return cls(
-            rate=float(rng.choice(options.attacker_learning_rates)),
-            sgd=bool(rng.random() < options.attacker_sgd),
-            lifetime=lifetime,
-            start=start,
-            # Who regrows zeros keeps no mask.
-            keeps_mask=bool(rng.random() < options.attacker_keeps_mask) and start != _ZEROS,
-            seed=int(rng.integers(2**31)),
-        )
 
 
 class AttackerStep(NamedTuple):
@@ -101,60 +43,6 @@ class AttackerStep(NamedTuple):
 
     loss: Tensor
     last: bool
-
-
-class _Attacker:
-    """One simulated attacker: offsets from the encoder's weights, a head, and the optimizer's moments.
-
-    ``kept`` says by which factor it still follows a weight of the encoder, by name; 1 where it is silent. ``masks``
-    are pruning masks that it keeps, ``followed`` those of the weights it follows where it has regrown the rest.
-    """
-
-    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], num_classes: int, width: int) -> None:
-        generator = torch.Generator().manual_seed(plan.seed)
-        head = torch.randn(num_classes, width, generator=generator) * _HEAD_STD
-        device = next(iter(weights.values())).device
-        self.plan = plan
-        self.age = 0
-        self.kept: dict[str, float] = {}
-        self.offsets = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        self.head = {"weight": head.to(device), "bias": torch.zeros(num_classes, device=device)}
-        self.masks: dict[str, Tensor] = {}
-        self.followed: dict[str, Tensor] = {}
-        self.moments = [[torch.zeros_like(tensor) for tensor in self.trained()] for _ in range(1 if plan.sgd else 2)]
-
-    def trained(self) -> list[Tensor]:
-        """What its optimizer moves, in place."""
-        return [*self.offsets.values(), *self.head.values()]
-
-    def advance(self, gradients: list[Tensor]) -> None:
-        """One optimizer step (SGD with momentum, or Adam)."""
-        self.age += 1
-        rate = self.plan.rate * min(1.0, self.age / _RATE_WARMUP)
-        first = self.moments[0]
-        if self.plan.sgd:
-            torch._foreach_mul_(first, _MOMENTUM)
-            torch._foreach_add_(first, gradients)
-            torch._foreach_add_(self.trained(), first, alpha=-rate * _SGD_RATE_FACTOR)
-            return
-        second, (beta1, beta2) = self.moments[1], _BETAS
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-        scale = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, (1 - beta2**self.age) ** 0.5)
-        torch._foreach_add_(scale, 1e-8)
-        torch._foreach_addcdiv_(self.trained(), first, scale, -rate / (1 - beta1**self.age))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """State by name, for a checkpoint."""
-        state = {f"offset.{name}": tensor for name, tensor in self.offsets.items()}
-        state |= {f"head.{name}": tensor for name, tensor in self.head.items()}
-        state |= {f"mask.{name}": tensor for name, tensor in self.masks.items()}
-        state |= {f"followed.{name}": tensor for name, tensor in self.followed.items()}
-        for i, moments in enumerate(self.moments):
-            state |= {f"moment.{i}.{j}": tensor for j, tensor in enumerate(moments)}
-        return state
 
 
 class _Attack(nn.Module):
@@ -280,7 +168,7 @@ class AttackerPool:
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=torch.tensor(0.0), fused=True)
         self.push = [torch.zeros_like(weight) for weight in self.weights.values()]
         self.lives = [0] * options.attackers
-        self.attackers: list[_Attacker | None] = [None] * options.attackers
+        self.attackers: list[Attacker | None] = [None] * options.attackers
         self._attack = _Attack(model)
 
     def domain(self, slot: int) -> str:
@@ -329,7 +217,7 @@ class AttackerPool:
         batches: Sequence[tuple[Tensor, Tensor]],
         masks: Callable[[], Mapping[str, Tensor]],
         autocast: Callable[[], AbstractContextManager[Any]],
-    ) -> tuple[int, _Attacker, Callable[[], tuple[Tensor, list[Tensor]]]] | None:
+    ) -> tuple[int, Attacker, Callable[[], tuple[Tensor, list[Tensor]]]] | None:
         """Compute a slot's gradients on this process and send them on their way; None where no process has images."""
         own = [self._rows(slot, len(labels)) for _, labels in batches]
         total = sum(count for _, count in own)
@@ -354,26 +242,31 @@ class AttackerPool:
         first = state.process_index * rows
         return slice(*(min(max(end - first, 0), rows) for end in (begin, begin + count))), count
 
-    def _living(self, slot: int, masks: Callable[[], Mapping[str, Tensor]]) -> _Attacker:
+    def _living(self, slot: int, masks: Callable[[], Mapping[str, Tensor]]) -> Attacker:
         attacker = self.attackers[slot]
         if attacker is None:
             attacker = self.attackers[slot] = self._born(slot, masks)
         return attacker
 
-    @torch.no_grad()
-    def _born(self, slot: int, masks: Callable[[], Mapping[str, Tensor]]) -> _Attacker:
+    def _new(self, slot: int) -> Attacker:
+        """Return the present attacker of a slot, as it is before anything has moved it."""
         plan = Plan.draw(self.options, self.seed, slot, self.lives[slot])
-        attacker = _Attacker(plan, self.weights, self.num_classes[self.domain(slot)], self.head.in_features)
+        return Attacker(plan, self.weights, self.num_classes[self.domain(slot)], self.head.in_features)
+
+    @torch.no_grad()
+    def _born(self, slot: int, masks: Callable[[], Mapping[str, Tensor]]) -> Attacker:
+        attacker = self._new(slot)
+        plan = attacker.plan
         if plan.keeps_mask:
             attacker.masks = {name: mask.clone() for name, mask in masks().items()}
         if plan.start != "plain":
             changed = copy.deepcopy(self.model)
             devices = [self.head.weight.device] if self.head.weight.is_cuda else []
             with torch.random.fork_rng(devices):  # re-initialisation draws from the global generator
-                for change in _INFORMED[plan.start]:
+                for change in INFORMED[plan.start]:
                     for name, share in change(changed, plan.seed).items():
                         attacker.kept[name] = share * attacker.kept.get(name, 1.0)
-                if plan.start == _ZEROS:
+                if plan.start == ZEROS:
                     attacker.followed = {name: mask.clone() for name, mask in masks().items()}
                     changes.regrow(changed, attacker.followed, plan.seed)
             starts = self._following(attacker)
@@ -383,7 +276,7 @@ class AttackerPool:
 
     def _gradients(
         self,
-        attacker: _Attacker,
+        attacker: Attacker,
         images: Tensor,
         labels: Tensor,
         total: int,
@@ -403,7 +296,7 @@ class AttackerPool:
         return loss, gradients
 
     @torch.no_grad()
-    def _values(self, attacker: _Attacker) -> dict[str, Tensor]:
+    def _values(self, attacker: Attacker) -> dict[str, Tensor]:
         """Weights at which the attacker is, by name."""
         moved = self._following(attacker)
         torch._foreach_add_(moved, list(attacker.offsets.values()))
@@ -411,7 +304,7 @@ class AttackerPool:
         return dict(zip(self.weights, moved, strict=True))
 
     @torch.no_grad()
-    def _following(self, attacker: _Attacker) -> list[Tensor]:
+    def _following(self, attacker: Attacker) -> list[Tensor]:
         """Part of the present weights that the attacker follows: c W."""
         factors = [attacker.kept.get(name, 1.0) for name in self.weights]
         parts = list(torch._foreach_mul(list(self.weights.values()), factors))
@@ -424,7 +317,7 @@ class AttackerPool:
         if masked:
             torch._foreach_mul_(*map(list, zip(*masked, strict=True)))
 
-    def _deny(self, attacker: _Attacker, gradients: Sequence[Tensor], denied: Tensor) -> None:
+    def _deny(self, attacker: Attacker, gradients: Sequence[Tensor], denied: Tensor) -> None:
         """Add the direction of W in which the attacker's loss rises, at length 1 (written as steps that descend)."""
         factors = [attacker.kept.get(name, 1.0) for name in self.weights]
         felt = list(torch._foreach_mul(list(gradients[: len(factors)]), factors))
@@ -466,8 +359,7 @@ class AttackerPool:
             self.attackers[slot] = None
             if age is None:
                 continue
-            plan = Plan.draw(self.options, self.seed, slot, self.lives[slot])
-            attacker = _Attacker(plan, self.weights, self.num_classes[self.domain(slot)], self.head.in_features)
+            attacker = self._new(slot)
             attacker.age, attacker.kept = age, dict(scalars["kept"][slot])
             prefix = f"{slot}."
             saved = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

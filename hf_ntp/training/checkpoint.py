@@ -71,15 +71,7 @@ def _undamaged(folder: Path) -> Iterator[None]:
     """Raise ``ValueError`` where the content of a checkpoint is not what this module writes."""
     try:
         yield
-    except (
-        LookupError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        ArithmeticError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
+    except _DAMAGE as error:
         raise ValueError(
             f"the protection state in {folder} cannot be read ({type(error).__name__}: {str(error)[:200]}); needed: "
             f"{TENSORS_FILE} and {SCALARS_FILE} as this version of hf_ntp writes them. Resume from an earlier one."

@@ -10,6 +10,7 @@ normalises with the images of one process.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ def check_processes(args: NTPConfig, kind: DistributedType, model: nn.Module) ->
         kind: Accelerate's ``distributed_type``.
         model: As Trainer got it.
     """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs would be driven from one process (DataParallel), which splits batches out of "
+            "sight; needed: one process per GPU. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
+        )
     if not (kind == DistributedType.NO or kind.value.startswith("MULTI_")):
         raise ValueError(
             f"the processes work together as {kind.value}; needed: a whole copy of the model in every process (DDP), "
@@ -50,6 +56,12 @@ def check_processes(args: NTPConfig, kind: DistributedType, model: nn.Module) ->
             f"accelerator_config has split_batches={loader.split_batches}, dispatch_batches={loader.dispatch_batches} "
             f"and even_batches={loader.even_batches}; needed: False, None and True, so that every process reads its "
             "own part, as large as everybody's. Leave them at their defaults."
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != args.world_size:
+        raise ValueError(
+            f"{started} processes were started and Accelerate knows of {args.world_size}: each would train alone, "
+            "and all would write the same files. On CPUs, set use_cpu=True here and in all TrainingArguments."
         )
 
 

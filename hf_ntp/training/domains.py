@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..data import Neighbourhood, check_labels, fetch_rows
+from ..data import Neighbourhood, check_labels, fetch_rows, fingerprint_of
 from .paired_data import ImageData, as_pixels, check_images, labels_of, length_of
 
 NEIGHBOURHOOD = "neighbourhood"
@@ -28,7 +28,7 @@ class Joined(Dataset):
 
     def __init__(self, parts: Mapping[str, Dataset], labelled: bool) -> None:
         self.parts = dict(parts)
-        self.fingerprint = {n: getattr(part, "fingerprint", f"{length_of(part)} rows") for n, part in parts.items()}
+        self.fingerprint = {name: fingerprint_of(part) for name, part in parts.items()}
         if labelled:
             self.labels = np.concatenate([labels_of(part, name) for name, part in self.parts.items()])
         self._keys = ("pixel_values", "labels") if labelled else ("pixel_values",)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, default_data_collator
 
-from ..data import fetch_rows
+from ..data import fetch_rows, fingerprint_of
 from ..models import recorded_features
 from .paired_data import length_of
 
@@ -38,7 +38,7 @@ class Relabelled(Dataset):
         self.data = data
         self.labels = labels
         digest = hashlib.sha256(labels.tobytes()).hexdigest()
-        self.fingerprint = f"{getattr(data, 'fingerprint', f'{len(labels)} rows')}, labels {digest}"
+        self.fingerprint = f"{fingerprint_of(data)}, labels {digest}"
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from ..data import fingerprint_of
 from ..interruption import KeptSignals
 from ..models import (
     batch_norms,
@@ -235,18 +236,7 @@ class NTPTrainer(Trainer):
         if self._headless:
             self.can_return_loss = True  # without labels
         self.loss_is_scaled_for_ga = False
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs would be driven from one process (DataParallel), which splits batches out of "
-                "sight; needed: one process per GPU. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
-            )
         check_processes(args, self.accelerator.distributed_type, network)
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started != args.world_size:
-            raise ValueError(
-                f"{started} processes were started and Accelerate knows of {args.world_size}: each would train alone, "
-                "and all would write the same files. On CPUs, set use_cpu=True here and in all TrainingArguments."
-            )
         self.heads = {
             name: TargetHead(head.in_features, int(labels.max()) + 1, args.target_head_learning_rate, args.seed)
             for name, labels in self.target_labels.items()
@@ -261,11 +251,6 @@ class NTPTrainer(Trainer):
         self._original_weights = _digest(p for p in self.model.parameters() if p.requires_grad or not self._headless)
         self._attacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._batch_norms = batch_norms(network)
-        if self._batch_norms and args.gradient_checkpointing:
-            raise ValueError(
-                f"gradient_checkpointing is on and {type(network).__name__} has BatchNorm, whose statistics would see "
-                "the images a second time, those of the target among them; needed: False."
-            )
         self._pruning_log: dict[str, Tensor] = {}
         self._terms = self._new_terms()
         self._signals = KeptSignals()
@@ -277,8 +262,15 @@ class NTPTrainer(Trainer):
         """Raise ``ValueError`` for what would only fail amid training."""
         if args.attackers and args.attacker_weight and args.attacker_informed:
             blocks_of(network)
+        if not has_batch_norm(network):
+            return
+        if args.gradient_checkpointing:
+            raise ValueError(
+                f"gradient_checkpointing is on and {type(network).__name__} has BatchNorm, whose statistics would see "
+                "the images a second time, those of the target among them; needed: False."
+            )
         last = 0 if args.dataloader_drop_last or args.world_size > 1 else rows % args.train_batch_size
-        if has_batch_norm(network) and 1 in (args.per_device_train_batch_size, last):
+        if 1 in (args.per_device_train_batch_size, last):
             raise ValueError(
                 f"{rows} rows in batches of {args.per_device_train_batch_size} make a batch of one image; needed: at "
                 "least two, or BatchNorm has nothing to average. Set dataloader_drop_last=True or another batch size."
@@ -617,7 +609,7 @@ class NTPTrainer(Trainer):
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on: configuration, data and architecture."""
         data = {"source": self.train_dataset.source, **self.train_dataset.targets}
-        prints = {name: getattr(part, "fingerprint", f"{length_of(part)} rows") for name, part in data.items()}
+        prints = {name: fingerprint_of(part) for name, part in data.items()}
         shapes = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
         return {
             **self.args.fingerprint(),

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from hf_ntp.models import find_head, prunable_weights
 from hf_ntp.training import attackers
 from hf_ntp.training.arguments import ProtectionArguments
-from hf_ntp.training.attackers import AttackerPool, Plan
+from hf_ntp.training.attacker import Plan
+from hf_ntp.training.attackers import AttackerPool
 
 from ..conftest import Rows, tiny_resnet, tiny_vit
 
@@ -170,7 +171,7 @@ def test_a_kept_mask_holds_weights_and_gradients():
 
 
 def test_informed_attackers_start_elsewhere_and_pass_no_gradient_there(monkeypatch):
-    monkeypatch.setattr(attackers, "_SHARES", {"stem": 1})
+    monkeypatch.setattr("hf_ntp.training.attacker._SHARES", {"stem": 1})
     model = tiny_vit()
     pool = pool_of(model, **{**ONE, "attacker_informed": 1.0, "attacker_horizon": [50, 50]})
     for _ in range(30):
@@ -184,7 +185,7 @@ def test_informed_attackers_start_elsewhere_and_pass_no_gradient_there(monkeypat
 
 def test_perturbed_attackers_follow_the_encoder_at_their_share(monkeypatch):
     """An attacker at W/2 + offset sees half of a move of W, and its gradient reaches W with the factor 1/2."""
-    monkeypatch.setattr(attackers, "_SHARES", {"perturbed": 1})
+    monkeypatch.setattr("hf_ntp.training.attacker._SHARES", {"perturbed": 1})
     model = tiny_vit()
     pool = pool_of(model, **{**ONE, "attacker_informed": 1.0, "attacker_horizon": [50, 50]})
     pool.step(batch(), no_masks)
@@ -196,7 +197,7 @@ def test_perturbed_attackers_follow_the_encoder_at_their_share(monkeypatch):
 
 
 def test_regrown_zeros_are_fresh_and_the_rest_stays(monkeypatch):
-    monkeypatch.setattr(attackers, "_SHARES", {"zeros": 1})
+    monkeypatch.setattr("hf_ntp.training.attacker._SHARES", {"zeros": 1})
     model = tiny_vit()
     masks = {name: torch.rand_like(weight) > 0.5 for name, weight in prunable_weights(model).items()}
     pool = pool_of(model, attacker_learning_rates=[1e-9], **{**ONE, "attacker_informed": 1.0})

@@ -19,7 +19,7 @@ FEW_STEPS = {"max_steps": 4, "logging_steps": 1, "optim": "sgd", "learning_rate"
 
 
 def options_of(**options):
-    defaults = {"attackers": 4, "attacker_batch_size": 16, "attacker_weight": 1.0, "world_size": 1}
+    defaults = {"attackers": 4, "attacker_batch_size": 16, "attacker_weight": 1.0, "world_size": 1, "n_gpu": 0}
     return SimpleNamespace(
         **{**defaults, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **options}
     )
@@ -108,7 +108,8 @@ def test_parts_of_a_batch_that_are_not_alike_are_refused(loader):
     check_processes(options_of(accelerator_config=AcceleratorConfig(**loader)), DistributedType.NO, tiny_vit())
 
 
-def test_statistics_that_attackers_would_mix_are_refused():
+def test_statistics_that_attackers_would_mix_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(tiny_resnet())
     options = {"world_size": 2, "accelerator_config": AcceleratorConfig()}
     with pytest.raises(ValueError, match="SyncBatchNorm with 4 simulated attackers"):

@@ -1,0 +1,128 @@
+"""One simulated attacker: what it is, where it begins, and how it moves. The pool of them is in `attackers.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..models import changes
+from .arguments import ProtectionArguments
+
+_BETAS = (0.9, 0.999)
+_MOMENTUM = 0.9
+# What SGD with momentum needs to move as fast as Adam does at a rate.
+_SGD_RATE_FACTOR = 10.0
+_HEAD_STD = 0.02
+
+ZEROS = "zeros"
+INFORMED: dict[str, tuple[Callable[[PreTrainedModel, int], dict[str, float]], ...]] = {
+    "norms": (changes.reset_norms,),
+    "rescaled": (changes.renormalize,),
+    "perturbed": (changes.shrink_and_perturb,),
+    "stem": (changes.reinit_stem,),
+    "first_block": (changes.reinit_first_block,),
+    "stem_and_first_block": (changes.reinit_stem, changes.reinit_first_block),
+    ZEROS: (),
+}
+# The first block is what a protection likes to turn into a gate, so it is attacked most.
+_SHARES = {
+    "norms": 2,
+    "rescaled": 1,
+    "perturbed": 2,
+    "stem": 1,
+    "first_block": 4,
+    "stem_and_first_block": 2,
+    ZEROS: 1,
+}
+_RATE_WARMUP = 5
+
+
+class Plan(NamedTuple):
+    """What one attacker is; drawn from (seed, slot, life), so that a resumed run draws the same."""
+
+    rate: float
+    sgd: bool
+    lifetime: int
+    start: str
+    keeps_mask: bool
+    seed: int
+
+    @classmethod
+    def draw(cls, options: ProtectionArguments, seed: int, slot: int, life: int) -> Plan:
+        """Draw the attacker that is number ``life`` in ``slot``."""
+        rng = np.random.default_rng([seed, slot, life])
+        shortest, longest = options.attacker_horizon
+        lifetime = round(float(np.exp(rng.uniform(np.log(shortest), np.log(longest)))))
+        if life == 0:  # staggered: the first ones die early, one after the other
+            lifetime = max(shortest, lifetime * (slot + 1) // options.attackers)
+        informed = rng.random() < options.attacker_informed
+        shares = np.array(list(_SHARES.values()))
+        start = str(rng.choice(list(_SHARES), p=shares / shares.sum())) if informed else "plain"
+        return cls(
+            rate=float(rng.choice(options.attacker_learning_rates)),
+            sgd=bool(rng.random() < options.attacker_sgd),
+            lifetime=lifetime,
+            start=start,
+            # Who regrows zeros keeps no mask.
+            keeps_mask=bool(rng.random() < options.attacker_keeps_mask) and start != ZEROS,
+            seed=int(rng.integers(2**31)),
+        )
+
+
+class Attacker:
+    """One simulated attacker: offsets from the encoder's weights, a head, and the optimizer's moments.
+
+    ``kept`` says by which factor it still follows a weight of the encoder, by name; 1 where it is silent. ``masks``
+    are pruning masks that it keeps, ``followed`` those of the weights it follows where it has regrown the rest.
+    """
+
+    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], num_classes: int, width: int) -> None:
+        generator = torch.Generator().manual_seed(plan.seed)
+        head = torch.randn(num_classes, width, generator=generator) * _HEAD_STD
+        device = next(iter(weights.values())).device
+        self.plan = plan
+        self.age = 0
+        self.kept: dict[str, float] = {}
+        self.offsets = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        self.head = {"weight": head.to(device), "bias": torch.zeros(num_classes, device=device)}
+        self.masks: dict[str, Tensor] = {}
+        self.followed: dict[str, Tensor] = {}
+        self.moments = [[torch.zeros_like(tensor) for tensor in self.trained()] for _ in range(1 if plan.sgd else 2)]
+
+    def trained(self) -> list[Tensor]:
+        """What its optimizer moves, in place."""
+        return [*self.offsets.values(), *self.head.values()]
+
+    def advance(self, gradients: list[Tensor]) -> None:
+        """One optimizer step (SGD with momentum, or Adam)."""
+        self.age += 1
+        rate = self.plan.rate * min(1.0, self.age / _RATE_WARMUP)
+        first = self.moments[0]
+        if self.plan.sgd:
+            torch._foreach_mul_(first, _MOMENTUM)
+            torch._foreach_add_(first, gradients)
+            torch._foreach_add_(self.trained(), first, alpha=-rate * _SGD_RATE_FACTOR)
+            return
+        second, (beta1, beta2) = self.moments[1], _BETAS
+        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+        scale = torch._foreach_sqrt(second)
+        torch._foreach_div_(scale, (1 - beta2**self.age) ** 0.5)
+        torch._foreach_add_(scale, 1e-8)
+        torch._foreach_addcdiv_(self.trained(), first, scale, -rate / (1 - beta1**self.age))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State by name, for a checkpoint."""
+        state = {f"offset.{name}": tensor for name, tensor in self.offsets.items()}
+        state |= {f"head.{name}": tensor for name, tensor in self.head.items()}
+        state |= {f"mask.{name}": tensor for name, tensor in self.masks.items()}
+        state |= {f"followed.{name}": tensor for name, tensor in self.followed.items()}
+        for i, moments in enumerate(self.moments):
+            state |= {f"moment.{i}.{j}": tensor for j, tensor in enumerate(moments)}
+        return state
