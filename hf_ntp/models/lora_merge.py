@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 import torch
-from peft import LoraModel, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .adapters import lora_base
 from .encoder import noted_prunable_weights
+from .headless import with_head
 
 # What adapters put between a layer and its weights, in the names of parameters.
 _WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.)")
@@ -36,28 +37,20 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
         TypeError: If ``model`` is no ``PeftModel`` around a `transformers` model.
         ValueError: If the adapter is no LoRA or is merged already, or the base model notes no pruning or has no zeros.
     """
-    if not isinstance(model, PeftModel) or not isinstance(base := model.get_base_model(), PreTrainedModel):
-        raise TypeError(
-            f"the model is {type(model).__name__}; needed: a peft.PeftModel around a transformers model. Load the "
-            "adapter with PeftModel.from_pretrained(base_model, adapter)."
-        )
-    if not isinstance(model.base_model, LoraModel):
-        raise ValueError(f"the adapter is {model.active_peft_config.peft_type}; needed: LoRA.")
+    base = lora_base(model)
     notes = getattr(base.config, "ntp", None) or {}
     if not notes:
         raise ValueError(
             "the base model's config has no ntp; needed: the notes of a protected model. Merge adapters of other "
             "models with merge_and_unload()."
         )
-    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
-        raise ValueError(
-            "the adapter is merged already, and its update fills the zeros; needed: base model and adapter apart. "
-            "Load both anew and leave out merge_adapter()."
-        )
     zeros = _base_zeros(base)
     plain = model.merge_and_unload(safe_merge=True)
     plain.requires_grad_(True)
-    prunable = noted_prunable_weights(plain)
+    # An encoder without a head is protected inside a model with one, whose parameters have longer names.
+    names = {weight: name for name, weight in plain.named_parameters()}
+    prunable = {names[weight]: weight for weight in noted_prunable_weights(with_head(plain)).values()}
+    plain.requires_grad_(True)  # again: what has no part in the features of an encoder was frozen
     if not any(bool(zeros[name].any()) for name in prunable):
         raise ValueError(
             f"none of the base model's prunable weights is zero; needed: the sparsity that config.ntp notes {notes}. "

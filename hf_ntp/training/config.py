@@ -23,7 +23,7 @@ _FREE = {
 _SHAPES_A_RUN = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "weight_decay", "optim",
-    "adam_beta1", "adam_beta2", "bf16", "fp16", "seed",
+    "adam_beta1", "adam_beta2", "bf16", "fp16", "seed", "adapter",
 )  # fmt: skip
 
 # Options of Trainer that would silently undo what a protection run promises.
@@ -63,10 +63,19 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Of no use here: a loss that is not finite ends the run."}
     )
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "What becomes of a LoRA adapter that the model carries: 'merge' (it is protected with the adapter "
+            "in its weights) or 'keep' (the base model is protected, with the adapter beside it as it is)."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check the method's options, then let `TrainingArguments` check its own."""
         ProtectionArguments.__post_init__(self)
+        if self.adapter not in (None, "merge", "keep"):
+            raise ValueError(f"adapter is {self.adapter!r}; needed: 'merge' or 'keep', for a model that carries one.")
         for option, why in _REFUSED.items():
             if getattr(self, option, False):
                 raise ValueError(f"{option} is True; needed: False. {why}")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
@@ -50,6 +51,7 @@ from ..models import (
     with_head,
     zero_fraction,
 )
+from ..models.adapters import with_adapter  # not of the package: only who needs it waits for peft
 from ..run_folder import remove, writing
 from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
@@ -122,7 +124,11 @@ class NTPTrainer(Trainer):
     Args:
         model: Model with an image-classification head, or an encoder without one, or the id or folder of either. An
             encoder keeps the original's pooled features on authorized images instead of its predictions; the trainer's
-            ``model`` is then an :class:`~hf_ntp.models.EncoderWithHead` around it, which saves as the plain encoder.
+            ``model`` is then an :class:`~hf_ntp.models.EncoderWithHead` around it, which saves as the plain encoder. A
+            ``peft.PeftModel`` with a LoRA adapter needs ``NTPConfig.adapter``. "merge" uses it up. With "keep" it goes
+            on working, adapter unchanged, around weights that are protected in place while source loss, target terms
+            and attackers have the adapter in the forward pass (frozen, without its dropout; attackers tune the base
+            weights); the trainer's ``model`` is then the base model, which saves without the adapter.
         args: Configuration.
         train_dataset: Authorized (source) data: a `datasets.Dataset` with images and labels, or any map-style dataset
             of "pixel_values" and "labels". Labels are not needed where features are kept (``source_loss``). Several
@@ -149,7 +155,7 @@ class NTPTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: PreTrainedModel | PeftModel | str,
         args: NTPConfig,
         train_dataset: ImageData | Mapping[str, ImageData],
         target_dataset: ImageData | Mapping[str, ImageData] | None = None,
@@ -161,12 +167,11 @@ class NTPTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ) -> None:
         network = load_model(model, args.head_name, args.encoder_name) if isinstance(model, str) else model
-        if not isinstance(network, PreTrainedModel):
+        if not isinstance(network, (PreTrainedModel, PeftModel)):
             raise TypeError(
-                f"the model is {type(network).__name__}; needed: a transformers model. One that carries an adapter is "
-                "protected with it merged, model.merge_and_unload().requires_grad_(True), or without it, "
-                "model.unload().requires_grad_(True): PEFT leaves its weights frozen."
+                f"the model is {type(network).__name__}; needed: a transformers model, or a PeftModel of one."
             )
+        network, kept_adapter = with_adapter(network, args.adapter, args.device)
         check_precision(network)
         network = with_head(network, args.head_name, args.encoder_name)
         self._headless = not has_head(network, args.head_name)
@@ -248,7 +253,8 @@ class NTPTrainer(Trainer):
         self._guard = (unlabelled if self._matches_features else SourceGuard)(self.model, args, args.device)
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
-        self._original_weights = _digest(p for p in self.model.parameters() if p.requires_grad or not self._headless)
+        weights = (p for p in self.model.parameters() if p.requires_grad or not self._headless)
+        self._original_weights = _digest((*weights, *kept_adapter))
         self._attacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._batch_norms = batch_norms(network)
         self._pruning_log: dict[str, Tensor] = {}

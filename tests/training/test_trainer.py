@@ -3,14 +3,13 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
-from transformers import TrainerCallback, ViTForImageClassification, ViTModel
+from transformers import TrainerCallback, ViTModel
 
 from hf_ntp import NTPConfig, NTPTrainer, load_protected
 from hf_ntp.functional import uniform_cross_entropy, whitened_discriminant
-from hf_ntp.models import prunable_weights, scale_free_weights, zero_fraction
+from hf_ntp.models import scale_free_weights, zero_fraction
 from hf_ntp.training.guard import SourceGuard
 
 from ..conftest import Rows, tiny_resnet, tiny_vit
@@ -299,17 +298,6 @@ def test_what_a_killed_save_left_does_no_harm(tmp_path):
     (tmp_path / "_unfinished" / "checkpoint-7" / "half").write_text("x")
     trainer(tmp_path, save_strategy="steps", save_steps=6).train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-6"]
-
-
-def test_a_model_with_an_adapter_is_merged_first(tmp_path):
-    adapted = get_peft_model(tiny_vit(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    with pytest.raises(TypeError, match="merge_and_unload"):
-        trainer(tmp_path / "adapter", adapted)
-    ours = trainer(tmp_path / "merged", adapted.merge_and_unload().requires_grad_(True), max_steps=4)
-    ours.train()
-    ours.save_model(str(tmp_path / "saved"))
-    saved = ViTForImageClassification.from_pretrained(tmp_path / "saved")
-    assert zero_fraction(list(prunable_weights(saved).values())) == ours.model.config.ntp["sparsity"] > 0.59
 
 
 def test_half_precision_checkpoints_are_loaded_in_full(tmp_path):
