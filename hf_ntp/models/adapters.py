@@ -122,7 +122,6 @@ def _check_keepable(model: PeftModel) -> None:
 def _with_adapter_beside(base: PreTrainedModel, name: str) -> tuple[PreTrainedModel, list[Tensor]]:
     """Return the base model without adapter layers, whose forward hooks do what these did, and their tensors."""
     model = _sharing_copy(base)
-    vars(model).pop("peft_config", None)
     kept: list[Tensor] = []
     replaced: list[nn.Module] = []
     for place, layer in list(model.named_modules()):

@@ -44,7 +44,7 @@ def outputs(model):
 
 CASES = {
     "classifier": (tiny_vit, ("q_proj", "fc1"), {}),
-    "head of its own": (tiny_vit, ("q_proj", "fc1"), {"modules_to_save": ["classifier"]}),
+    "modules of its own": (tiny_vit, ("q_proj", "fc1"), {"modules_to_save": ["classifier", "fc2"]}),
     "convolutions": (tiny_resnet, ("convolution",), {}),
     "norms of its own": (tiny_resnet, ("convolution",), {"modules_to_save": ["classifier", "normalization"]}),
     "encoder": (tiny_encoder, ("q_proj", "fc1"), {"use_rslora": True}),
@@ -71,6 +71,7 @@ def test_the_base_is_protected_and_the_adapter_stays(tmp_path, case):
     assert all(torch.equal(value, adapter[name]) for name, value in parts(model)[0].items())
     changed = [name for name, value in parts(model)[1].items() if not torch.equal(value, base[name])]
     assert any("base_layer.weight" in name for name in changed)
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if name in adapter)
     assert not any(name.endswith(("original_module.weight", "original_module.bias")) for name in changed)
 
     ours.save_model(str(tmp_path / "base"))
@@ -171,6 +172,14 @@ def inside():
     return model
 
 
+def half_an_adapter():
+    model = adapted(tiny_vit())
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.lora_A.bfloat16()
+    return model
+
+
 REFUSED = {
     "no choice": (lambda: adapted(tiny_vit()), None, "adapter='merge' .* adapter='keep'"),
     "no adapter": (tiny_vit, "merge", "the model, ViTForImageClassification, carries no adapter"),
@@ -178,7 +187,7 @@ REFUSED = {
     "no transformers model": (
         lambda: torch.nn.Linear(2, 2),
         None,
-        "the model is Linear; needed: a transformers model",
+        "the model is Linear; needed",
     ),
     "no LoRA": (
         lambda: get_peft_model(tiny_vit(), IA3Config(target_modules=["q_proj"], feedforward_modules=[])),
@@ -202,11 +211,8 @@ REFUSED = {
         "keep",
         "lora.layer.ParamWrapper",
     ),
-    "half": (
-        lambda: adapted(tiny_vit()).to(torch.bfloat16),
-        "keep",
-        "bfloat16; needed: float32",
-    ),
+    "half": (lambda: adapted(tiny_vit()).bfloat16(), "keep", "bfloat16; needed: float32"),
+    "half an adapter": (half_an_adapter, "keep", "bfloat16; needed: float32"),
 }
 
 
