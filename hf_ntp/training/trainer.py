@@ -412,7 +412,8 @@ class NTPTrainer(Trainer):
         """Give weights before a BatchNorm the length they began with.
 
         The defender's gradient makes them ever longer, and any step relatively shorter: attackers would look slow,
-        and one line of normalisation would undo it.
+        and one line of normalisation would undo it. Beside an adapter that is kept, the length is no longer free, but
+        the one it began with is the one that the adapter was made for.
         """
         if self._lengths:
             weights = [weight for weight, _ in self._lengths]
