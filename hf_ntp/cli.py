@@ -40,6 +40,7 @@ class Command:
 # These read their options themselves: they are the recipes, with all options of the Trainer.
 _RECIPES = {
     "protect": ("ntp_vit", "Protect a model, measure it and write the folder to publish."),
+    "protect-encoder": ("ntp_ssl", "Protect an encoder without a head and without labels of the authorized domain."),
     "evaluate": ("ntp_attack", "Attack a checkpoint: learning curves, SLC-AUC and retained transfer per attack."),
 }
 

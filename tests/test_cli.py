@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import pytest
 
@@ -116,21 +117,22 @@ def test_help_is_instant(command):
     assert min(seconds) < 1
 
 
-def test_recipes_are_subcommands(monkeypatch, capsys):
-    from hf_ntp.recipes import ntp_attack
-
-    seen = []
+@pytest.mark.parametrize(
+    ("command", "name"), [("protect", "ntp_vit"), ("protect-encoder", "ntp_ssl"), ("evaluate", "ntp_attack")]
+)
+def test_recipes_are_subcommands(monkeypatch, capsys, command, name):
+    recipe, seen = import_module(f"hf_ntp.recipes.{name}"), []
 
     def instead(argv):
         print("progress")
         seen.append(argv)
         return {"starts": {}}
 
-    monkeypatch.setattr(ntp_attack, "main", instead)
+    monkeypatch.setattr(recipe, "main", instead)
     monkeypatch.setattr(sys, "argv", ["hf-ntp"])
-    code, printed = run(capsys, "evaluate", "--checkpoint", "x", "--json")
+    code, printed = run(capsys, command, "--checkpoint", "x", "--json")
     assert (code, seen) == (0, [["--checkpoint", "x"]])
     assert json.loads(printed.out) == {"starts": {}}
     assert "progress" in printed.err
-    monkeypatch.setattr(ntp_attack, "main", lambda argv: (_ for _ in ()).throw(ValueError("no such domain")))
-    assert run(capsys, "evaluate", "--checkpoint", "x")[1].err == "hf-ntp: no such domain\n"
+    monkeypatch.setattr(recipe, "main", lambda argv: (_ for _ in ()).throw(ValueError("no such domain")))
+    assert run(capsys, command, "--checkpoint", "x")[1].err == "hf-ntp: no such domain\n"
