@@ -36,7 +36,7 @@ def lora_base(model: nn.Module) -> PreTrainedModel:
         raise ValueError(f"the adapter is {model.active_peft_config.peft_type}; needed: LoRA.")
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
         raise ValueError(
-            "the adapter is merged already, and its update fills the zeros; needed: base model and adapter apart. "
+            "the adapter is merged already; needed: base model and adapter apart. "
             "Load both anew and leave out merge_adapter()."
         )
     return base
