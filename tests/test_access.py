@@ -26,7 +26,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(access, "arena", short)
     monkeypatch.setattr(access, "ATTACKS", ("dense",))
     monkeypatch.setattr(access, "ACCESS", {name: access.ACCESS[name] for name in ("labelled", "none")})
-    monkeypatch.setattr(access, "PRETRAIN_STEPS", {"mnist": 4})
+    monkeypatch.setattr(strength, "PRETRAIN_STEPS", 4)
 
 
 def test_one_table(quick, tmp_path, monkeypatch):

@@ -38,8 +38,6 @@ from hf_ntp.evaluation.suite import run_attacks
 HERE = Path(__file__).parent
 ARCHITECTURE = "vit"
 PAIRS = (("mnist", "optdigits"), ("syn", "mnist"))
-# Learning "syn" takes the small ViT longer than the other domains.
-PRETRAIN_STEPS = {"mnist": 2500, "syn": 10000}
 ATTACKS = ("mask_kept", "dense")
 ACCESS: dict[str, dict[str, Any]] = {
     "labelled": {"target_access": "labelled"},
@@ -56,7 +54,7 @@ def models_of(cell: Cell, seed: int, work: Path, jobs: int) -> dict[str, Path]:
     adaptive = SHAPES[cell.architecture].adaptive
     with joblib.parallel_config("loky", inner_max_num_threads=1):
         if not base.exists():
-            pretrain(cell.architecture, cell.source, base, PRETRAIN_STEPS[cell.source])
+            pretrain(cell.architecture, cell.source, base)
         joblib.Parallel(n_jobs=jobs)(
             joblib.delayed(protect)(cell, base, folder, adaptive, {"seed": seed, **ACCESS[name]})
             for name, folder in models.items()
@@ -123,7 +121,7 @@ def table(results: dict[str, Any]) -> str:
 
 def digest_of(cell: Cell) -> str:
     """What decides the numbers of a pair, to tell results of older settings."""
-    return joblib.hash([settings_of(cell), ACCESS, PRETRAIN_STEPS[cell.source], ATTACKS])[:12]
+    return joblib.hash([settings_of(cell), ACCESS, ATTACKS])[:12]
 
 
 def parse(argv: list[str]) -> Namespace:
