@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "strength" / "run.py"
 
@@ -55,3 +58,18 @@ def test_results_of_other_settings_are_not_kept(benchmark, monkeypatch):
     assert benchmark.settings_of(cell) == before
     monkeypatch.setattr(benchmark, "SEEDS", (0, 1, 2, 3))
     assert benchmark.settings_of(cell) != before
+
+
+def test_an_interrupted_protection_goes_on(benchmark, tmp_path):
+    """SIGTERM leaves a checkpoint, also where none was asked for."""
+    cell = benchmark.Cell("resnet", "optdigits", "mnist")
+    base, folder = tmp_path / "base" / "model", tmp_path / "protected" / "model"
+    benchmark.pretrain(cell.architecture, cell.source, base)
+    options = {"attackers": 0, "save_strategy": "steps", "save_steps": 3}
+    benchmark.protect(cell, base, folder, "adaptive_convnet", options)
+    whole = load_file(folder / "model.safetensors")
+    shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "protected" / "trainer" / "checkpoint-6")
+    benchmark.protect(cell, base, folder, "adaptive_convnet", options)
+    again = load_file(folder / "model.safetensors")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())

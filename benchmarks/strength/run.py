@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import joblib
 import numpy as np
 from matplotlib.figure import Figure
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessorPil
+from transformers.trainer_utils import get_last_checkpoint
 
 import hf_ntp
 from hf_ntp.attacks import ATTACKS, DECISIVE
@@ -144,7 +146,8 @@ def protect(cell: Cell, base: Path, folder: Path, preset: str, options: dict[str
     settings = hf_ntp.NTPConfig.from_preset(preset, output_dir=str(folder.parent / "trainer"), **schedule | options)
     seen = None if settings.target_access == "none" else target.owner
     trainer = hf_ntp.NTPTrainer(model, settings, source.train, seen, source_transform=RandomShift(1))
-    trainer.train()
+    # A run that was asked to end has left a checkpoint.
+    trainer.train(get_last_checkpoint(settings.output_dir) if os.path.isdir(settings.output_dir) else None)
     save(trainer.model, folder)
     return trainer.state.log_history
 
