@@ -27,7 +27,7 @@ def test_from_pretraining_to_the_table(quick, tmp_path, monkeypatch):
     assert name == "mae/optdigits-mnist/1"
     assert set(run["source"]["after"]) == {"linear_probe", "knn"}
     assert run["attacks"]["seeds"] == [1]
-    assert run["sparsity"] == pytest.approx(0.6, abs=1e-3)
+    assert run["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert "| mae/optdigits-mnist | 1 |" in (tmp_path / "out" / "table.md").read_text()
 
     monkeypatch.setattr(ssl, "measure", None)  # a run that is there is not done again
@@ -38,7 +38,7 @@ def test_results_of_other_settings_are_not_kept(monkeypatch):
     before = ssl.settings_of(validation=False)
     assert before == ssl.settings_of(validation=False) != ssl.settings_of(validation=True)
     protection, pretraining = ssl.recipe_settings()
-    monkeypatch.setattr(ssl, "recipe_settings", lambda: ({**protection, "sparsity": 0.5}, pretraining))
+    monkeypatch.setattr(ssl, "recipe_settings", lambda: ({**protection, "sparsity": 0.7}, pretraining))
     assert ssl.settings_of(validation=False) != before
 
 
