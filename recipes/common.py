@@ -93,7 +93,11 @@ class RecipeArguments:
         default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Rates the attacker chooses from."}
     )
     jobs: int | None = field(
-        default=None, metadata={"help": "Fits at a time in one launched process; default one per core that it has."}
+        default=None,
+        metadata={
+            "help": "Fits at a time in one launched process; default one per core that it has, or one on a GPU "
+            "(small models leave room for more)."
+        },
     )
     repo_id: str = field(default="path/to/this/folder", metadata={"help": "What the card says to load."})
     license: str = field(default="other", metadata={"help": "Licence id for the card."})

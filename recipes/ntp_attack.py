@@ -61,7 +61,11 @@ class AttackArguments:
         default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "Rates the attacker chooses from."}
     )
     jobs: int | None = field(
-        default=None, metadata={"help": "Fits at a time in one launched process; default one per core that it has."}
+        default=None,
+        metadata={
+            "help": "Fits at a time in one launched process; default one per core that it has, or one on a GPU "
+            "(small models leave room for more)."
+        },
     )
 
 

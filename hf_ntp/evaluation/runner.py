@@ -118,7 +118,7 @@ def sample_wise_learning_curves(
         protocol: How to fine-tune; defaults of :class:`FineTuneProtocol`.
         cache_dir: Where finished fits are kept; None keeps nothing, and shares nothing with other processes.
         jobs: Fits at a time in this process; default one per core that it has, or one where an accelerator does the
-            work.
+            work. More of them share it, each in a process of its own: small models leave it mostly idle.
 
     Raises:
         ValueError: For sizes that are unsorted, repeated or larger than the set.
