@@ -217,7 +217,6 @@ def run(
 
     from accelerate.utils import wait_for_everyone
     from hf_ntp.recipes import domains
-    from transformers.trainer_utils import get_last_checkpoint
 
     import hf_ntp
     from hf_ntp.data import RandomShift
@@ -226,6 +225,7 @@ def run(
     from hf_ntp.models import has_head, load_model, plain_model
     from hf_ntp.publishing.report import build_record, build_results, write_report
     from hf_ntp.run_folder import Stopwatch, claim_run_folder, weight_digests, whole_folder
+    from hf_ntp.training.checkpoint import last_checkpoint
 
     # Whatever is wrong with options or data shows here, before any training starts.
     protocol = hf_ntp.FineTuneProtocol(
@@ -277,7 +277,7 @@ def run(
     )
     with watch("protect"):
         if not weights.exists():
-            trainer.train(get_last_checkpoint(config.output_dir) if Path(config.output_dir).exists() else None)
+            trainer.train(last_checkpoint(config.output_dir))
             if first:
                 save(weights, trainer.model, processor)
     wait_for_everyone()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -26,7 +25,6 @@ import joblib
 import numpy as np
 from matplotlib.figure import Figure
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessorPil
-from transformers.trainer_utils import get_last_checkpoint
 
 import hf_ntp
 from hf_ntp.attacks import ATTACKS, DECISIVE
@@ -40,6 +38,7 @@ from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
 from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
 from hf_ntp.run_folder import whole_file, whole_folder
 from hf_ntp.training.arguments import PRESETS, ProtectionArguments
+from hf_ntp.training.checkpoint import last_checkpoint
 from hf_ntp.training.pretraining import small_resnet, small_vit, train_classifier
 
 HERE = Path(__file__).parent
@@ -147,7 +146,7 @@ def protect(cell: Cell, base: Path, folder: Path, preset: str, options: dict[str
     seen = None if settings.target_access == "none" else target.owner
     trainer = hf_ntp.NTPTrainer(model, settings, source.train, seen, source_transform=RandomShift(1))
     # A run that was asked to end has left a checkpoint.
-    trainer.train(get_last_checkpoint(settings.output_dir) if os.path.isdir(settings.output_dir) else None)
+    trainer.train(last_checkpoint(settings.output_dir))
     save(trainer.model, folder)
     return trainer.state.log_history
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..models import plain_model
 from ..run_folder import differences
@@ -32,6 +33,12 @@ class RunState(NamedTuple):
     terms: dict[str, tuple[float, int]]
     """Sum and count of every loss term since the last log."""
     pruning_log: dict[str, float]
+
+
+def last_checkpoint(output_dir: str | Path | None) -> str | None:
+    """Checkpoint of the highest step in a run's folder; None where there is none, or no such folder."""
+    folder = str(output_dir)
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
 
 
 def save_state(

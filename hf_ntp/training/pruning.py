@@ -193,7 +193,7 @@ class ADMMPruner:
         self._require_unfinished("update")
         sparsity = cubic_sparsity(progress, self.final_sparsity)
         old, new = self._old_rule(), self._new_rule(sparsity)
-        sums = torch.zeros(4, device=next(iter(self.weights.values())).device)
+        parts: list[Tensor] = []
         for i, (weight, stored) in enumerate(zip(self.weights.values(), self.stored.values(), strict=True)):
             if self._soft:
                 previous = soft_threshold(stored, self.threshold)
@@ -205,11 +205,8 @@ class ADMMPruner:
                 sparse = shifted * _mask(new, i, shifted)
                 anchor = stored.copy_(hard_anchor(shifted, sparse))
             w, z, before, v = map(_shard, (weight, sparse, previous, anchor))
-            sums[0] += primal_residual(w, z)
-            sums[1] += dual_residual(z, before, self.rho)
-            sums[2] += penalty(w, v, self.rho)
-            sums[3] += z.numel() - z.count_nonzero()
-        sums = _sum_over_shards(sums, weight)
+            parts += primal_residual(w, z), dual_residual(z, before, self.rho), penalty(w, v, self.rho), (z == 0).sum()
+        sums = _sum_over_shards(torch.stack(parts).view(-1, 4).sum(0), weight)
         self.sparsity = sparsity
         # Stored and shifted tensors have equal magnitudes.
         self._present = new if isinstance(new, LayerSelector) and not self._soft else None

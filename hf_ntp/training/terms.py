@@ -24,7 +24,9 @@ class _Sent(NamedTuple):
     """What a step left, on its way to the host."""
 
     step: int
-    names: list[str]
+    terms: list[str]
+    """Names of the first values; one may come several times."""
+    watched: list[str]
     values: Tensor
     arrived: torch.Event | None
 
@@ -41,15 +43,14 @@ class Terms:
 
     def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
         self._reduce = reduce
-        self._step: dict[str, list[Tensor]] = {}
-        self._sums: dict[str, Tensor] = {}
+        self._step: list[tuple[str, Tensor]] = []
+        self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._sent: _Sent | None = None
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
         """Note scalars of the step that is being taken; a name may come several times."""
-        for name, value in terms.items():
-            self._step.setdefault(name, []).append(value.detach().float())
+        self._step += [(name, value.detach().float()) for name, value in terms.items()]
 
     def close_step(self, step: int, watched: Mapping[str, Tensor], ending: bool) -> Reading | None:
         """End step number ``step`` and read what the one before it left.
@@ -60,47 +61,47 @@ class Terms:
             ending: Whether a signal has come to this process.
         """
         before = self.read()
-        sums = {name: torch.stack(values).sum() for name, values in self._step.items()}
-        flag = torch.tensor(float(ending), device=next(iter(sums.values())).device)
-        others = [value.to(flag.device, torch.float32) for value in watched.values()]
-        values = self._reduce(torch.stack([*sums.values(), *others, flag]))
-        for name, value in zip(sums, values, strict=False):
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + len(self._step[name])
-        self._step = {}
+        names, terms = map(list, zip(*self._step, strict=True))
+        device = terms[0].device
+        others = [value.to(device, torch.float32) for value in watched.values()]
+        values = self._reduce(torch.stack([*terms, *others, torch.tensor(float(ending), device=device)]))
+        self._step = []
         arrived = None
         if values.device.type != "cpu":
             arrived = torch.Event(values.device)
             values = values.to("cpu", non_blocking=True)
             arrived.record()
-        self._sent = _Sent(step, [*sums, *watched], values, arrived)
+        self._sent = _Sent(step, names, list(watched), values, arrived)
         return before
 
     def read(self) -> Reading | None:
         """Read what the last step left; None where that has been read."""
         if self._sent is None:
             return None
-        (step, names, values, arrived), self._sent = self._sent, None
+        (step, terms, watched, values, arrived), self._sent = self._sent, None
         if arrived is not None:
             arrived.synchronize()
         *found, ending = values.tolist()
-        broken = [name for name, value in zip(names, found, strict=True) if not math.isfinite(value)]
-        return Reading(step, broken, ending > 0)
+        for name, value in zip(terms, found, strict=False):
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+        named = zip([*terms, *watched], found, strict=True)
+        broken = dict.fromkeys(name for name, value in named if not math.isfinite(value))
+        return Reading(step, list(broken), ending > 0)
 
     def means(self) -> dict[str, float]:
-        """Mean of every term since the last call; the sums begin anew."""
-        names, counts = list(self._sums), list(self._counts.values())
-        sums = torch.stack(list(self._sums.values())).tolist() if names else []
+        """Mean of every term over the steps read since the last call; the sums begin anew."""
+        found = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
-        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
+        return found
 
     def state(self) -> dict[str, tuple[float, int]]:
         """Sums and counts since the last log, so that the log of a resumed run is that of an uninterrupted one."""
-        return {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
+        return {name: (total, self._counts[name]) for name, total in self._sums.items()}
 
-    def load(self, state: Mapping[str, tuple[float, int]], device: torch.device) -> None:
+    def load(self, state: Mapping[str, tuple[float, int]]) -> None:
         """Restore what :meth:`state` gave."""
-        self._sums = {name: torch.tensor(total, device=device) for name, (total, _) in state.items()}
+        self._sums = {name: total for name, (total, _) in state.items()}
         self._counts = {name: count for name, (_, count) in state.items()}
 
 

@@ -29,7 +29,7 @@ from transformers import (
     TrainerState,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
 from ..data import fingerprint_of
 from ..interruption import KeptSignals
@@ -55,7 +55,7 @@ from ..models.adapters import with_adapter  # not of the package: only who needs
 from ..run_folder import remove, writing
 from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
-from .checkpoint import RunState, check_settings, load_state, load_weights_strictly, save_state
+from .checkpoint import RunState, check_settings, last_checkpoint, load_state, load_weights_strictly, save_state
 from .config import NTPConfig
 from .distributed import check_processes
 from .domains import Joined, check_task, classifies, shares_of, source_domain, target_domains
@@ -249,8 +249,12 @@ class NTPTrainer(Trainer):
         self._head_name, self._head = head_name, head
         self._pool: AttackerPool | None = None
         # All three are of the model before protection, also where training resumes.
-        unlabelled = ReconstructionGuard if args.source_loss == "reconstruction" else FeatureGuard
-        self._guard = (unlabelled if self._matches_features else SourceGuard)(self.model, args, args.device)
+        self._guard: FeatureGuard | SourceGuard
+        if self._matches_features:
+            unlabelled = ReconstructionGuard if args.source_loss == "reconstruction" else FeatureGuard
+            self._guard = unlabelled(self.model, args, args.device, source)
+        else:
+            self._guard = SourceGuard(self.model, args, args.device)
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
         weights = (p for p in self.model.parameters() if p.requires_grad or not self._headless)
@@ -458,7 +462,7 @@ class NTPTrainer(Trainer):
         Raises:
             ValueError: If ``output_dir`` holds checkpoints of another run, or the one to resume is of another run.
         """
-        if not resume_from_checkpoint and (last := self._last_checkpoint()):
+        if not resume_from_checkpoint and (last := last_checkpoint(self.args.output_dir)):
             raise ValueError(
                 f"{self.args.output_dir} holds checkpoints of another run ({os.path.basename(last)}); needed: a "
                 "folder without any. Choose another output_dir, delete them, or continue that run with "
@@ -549,7 +553,7 @@ class NTPTrainer(Trainer):
             raise self._broken(f"{', '.join(broken)} hold values that are not finite at step {self.state.global_step}")
 
     def _broken(self, found: str) -> FloatingPointError:
-        last = self._last_checkpoint()
+        last = last_checkpoint(self.args.output_dir)
         kept = f"The last good checkpoint is {last}" if last else "No checkpoint has been written yet"
         return FloatingPointError(
             f"{found}; needed: a stable run. {kept}; the same settings would end the same way again. Start anew in "
@@ -608,10 +612,6 @@ class NTPTrainer(Trainer):
             )
 
     # Checkpoints
-
-    def _last_checkpoint(self) -> str | None:
-        output_dir = str(self.args.output_dir)
-        return get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on: configuration, data and architecture."""
@@ -691,11 +691,11 @@ class NTPTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            last = self._last_checkpoint()
+            last = last_checkpoint(self.args.output_dir)
             if self.args.should_save and last is not None and os.path.samefile(last, checkpoint):
                 self._rotate(Path(last).parent)  # a process that is dead may not have got to it
             device = self.args.device
             state = load_state(Path(checkpoint), self.pruner, self.heads, self._pool)
             self._guard.excess = torch.tensor(state.source_excess, device=device)
-            self._terms.load(state.terms, device)
+            self._terms.load(state.terms)
             self._pruning_log = {key: torch.tensor(value) for key, value in state.pruning_log.items()}
