@@ -1,5 +1,6 @@
 """The mathematics: pure functions on tensors, no models, no data, no training."""
 
+from .adam import adam_step_
 from .admm import (
     add_penalty_gradient_,
     dual_residual,
@@ -49,6 +50,7 @@ __all__ = [
     "GlobalSelector",
     "Interval",
     "LayerSelector",
+    "adam_step_",
     "add_penalty_gradient_",
     "apportion_zeros",
     "between_class_scatter",

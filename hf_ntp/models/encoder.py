@@ -256,7 +256,7 @@ def separate_batch_norms(norms: Sequence[_BatchNorm], sizes: Sequence[int]) -> I
     """Let BatchNorm normalise the parts of a batch each by itself; only the first moves the running statistics.
 
     One pass over several domains is then what a pass per domain would be, the later ones with
-    :func:`frozen_batch_norm_statistics`.
+    statistics that stay as they are.
 
     Args:
         norms: Layers of a model (:func:`batch_norms`) that takes batches of ``sum(sizes)`` images inside the block.
@@ -267,8 +267,11 @@ def separate_batch_norms(norms: Sequence[_BatchNorm], sizes: Sequence[int]) -> I
     def apart(norm: _BatchNorm, forward: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         first, *others = batch.split(sizes)
         normalised = [forward(first)]
-        with frozen_batch_norm_statistics(norm):
-            return torch.cat([*normalised, *(forward(part) for part in others)])
+        tracks, norm.track_running_stats = norm.track_running_stats, False
+        try:
+            return torch.cat([*normalised, *map(forward, others)])
+        finally:
+            norm.track_running_stats = tracks
 
     for norm in norms:
         vars(norm)["forward"] = partial(apart, norm, norm.forward)

@@ -319,8 +319,8 @@ class ProtectionArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: a value in [0, 1].")
         if not 0 < self.feature_shrinkage <= 1:
             raise ValueError(
-                f"feature_shrinkage is {self.feature_shrinkage}; needed: a share in (0, 1], such as 0.1. Features that "
-                "hardly vary in some direction cannot be compared in units of that."
+                f"feature_shrinkage is {self.feature_shrinkage}; needed: a share in (0, 1], such as 0.1. Features "
+                "that hardly vary in some direction cannot be compared in units of that."
             )
         if self.fisher == "whitened" and self.fisher_shrinkage == 0:
             raise ValueError(

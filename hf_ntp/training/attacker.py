@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..functional import adam_step_
 from ..models import changes
 from .arguments import ProtectionArguments
 
-_BETAS = (0.9, 0.999)
 _MOMENTUM = 0.9
 # What SGD with momentum needs to move as fast as Adam does at a rate.
 _SGD_RATE_FACTOR = 10.0
@@ -108,14 +108,7 @@ class Attacker:
             torch._foreach_add_(first, gradients)
             torch._foreach_add_(self.trained(), first, alpha=-rate * _SGD_RATE_FACTOR)
             return
-        second, (beta1, beta2) = self.moments[1], _BETAS
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-        scale = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, (1 - beta2**self.age) ** 0.5)
-        torch._foreach_add_(scale, 1e-8)
-        torch._foreach_addcdiv_(self.trained(), first, scale, -rate / (1 - beta1**self.age))
+        adam_step_(self.trained(), gradients, first, self.moments[1], self.age, rate)
 
     def tensors(self) -> dict[str, Tensor]:
         """State by name, for a checkpoint."""

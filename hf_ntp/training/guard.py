@@ -136,7 +136,8 @@ class FeatureGuard(Guard):
         frozen = frozen_batch_norm_statistics(self.original)
         with torch.no_grad(), frozen, recorded_features(self._head) as reference:
             self.original(pixel_values=images)
-        return feature_distance(*gather_rows(features, reference[-1]), self._whitening)
+        ours, theirs = gather_rows(features, reference[-1])
+        return feature_distance(ours, theirs, self._whitening)
 
 
 class ReconstructionGuard(FeatureGuard):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..functional import adam_step_
+
 
 class TargetHead(nn.Module):
     """Linear head of one unauthorized domain, refitted on detached features at every step.
@@ -22,6 +24,11 @@ class TargetHead(nn.Module):
         seed: Seed of the initial weights; the same on every rank.
     """
 
+    first_weight: Tensor
+    first_bias: Tensor
+    second_weight: Tensor
+    second_bias: Tensor
+
     def __init__(self, in_features: int, num_classes: int, learning_rate: float, seed: int) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, num_classes)
@@ -29,14 +36,13 @@ class TargetHead(nn.Module):
         nn.init.normal_(self.linear.weight, std=0.02, generator=generator)
         nn.init.zeros_(self.linear.bias)
         self.learning_rate = learning_rate
-        self._optimizer: torch.optim.Adam | None = None
+        self._steps = 0
+        for moment in ("first", "second"):
+            for name, tensor in self.linear.state_dict().items():
+                self.register_buffer(f"{moment}_{name}", torch.zeros_like(tensor))
 
-    @property
-    def optimizer(self) -> torch.optim.Adam:
-        """Adam over the head, made on first use: by then the head is on its device."""
-        if self._optimizer is None:
-            self._optimizer = torch.optim.Adam(self.linear.parameters(), lr=self.learning_rate, fused=True)
-        return self._optimizer
+    def _trained(self) -> list[Tensor]:
+        return [self.linear.weight.detach(), self.linear.bias.detach()]
 
     @torch.no_grad()
     def refit(self, features: Tensor, labels: Tensor, steps: int) -> None:
@@ -46,32 +52,23 @@ class TargetHead(nn.Module):
         """
         features = features.float()
         wanted = F.one_hot(labels, self.linear.out_features)
+        first, second = [self.first_weight, self.first_bias], [self.second_weight, self.second_bias]
         for _ in range(steps):
             error = (self(features).softmax(-1) - wanted) / len(labels)
-            self.linear.weight.grad = error.T @ features
-            self.linear.bias.grad = error.sum(0)
-            self.optimizer.step()
+            self._steps += 1
+            gradients = [error.T @ features, error.sum(0)]
+            adam_step_(self._trained(), gradients, first, second, self._steps, self.learning_rate)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [N, K] of features [N, D]; the gradient reaches the features only."""
         with torch.autocast(features.device.type, enabled=False):
-            return F.linear(features.float(), self.linear.weight.detach(), self.linear.bias.detach())
+            return F.linear(features.float(), *self._trained())
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and Adam's moments by name, for a checkpoint."""
-        state = {name: parameter.detach() for name, parameter in self.linear.named_parameters()}
-        for name, parameter in self.linear.named_parameters():
-            state |= {f"{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        return state
+        return {"steps": torch.tensor(self._steps), **self.state_dict()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`tensors` gave."""
-        with torch.no_grad():
-            for name, parameter in self.linear.named_parameters():
-                parameter.copy_(tensors[name])
-                prefix = f"{name}."
-                self.optimizer.state[parameter] = {
-                    key.removeprefix(prefix): value.clone().to(parameter.device)
-                    for key, value in tensors.items()
-                    if key.startswith(prefix)
-                }
+        self._steps = int(tensors["steps"])
+        self.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "steps"})

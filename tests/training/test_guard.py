@@ -86,7 +86,9 @@ def test_batch_norm_is_the_same_on_both_sides():
 
 
 def test_the_limit_of_features_is_their_own():
-    ours = FeatureGuard(tiny_vit(), ProtectionArguments(feature_tolerance=[0.4, 0.1]), torch.device("cpu"), Rows(size=6))
+    ours = FeatureGuard(
+        tiny_vit(), ProtectionArguments(feature_tolerance=[0.4, 0.1]), torch.device("cpu"), Rows(size=6)
+    )
     ours.excess = torch.tensor(0.6)
     assert ours.share(0) == pytest.approx(0.5)
     free = FeatureGuard(tiny_vit(), ProtectionArguments(feature_tolerance=[]), torch.device("cpu"), Rows(size=6))
