@@ -12,7 +12,7 @@ from .admm import (
     soft_dual,
 )
 from .collapse import relative_collapse, token_spread
-from .features import FeatureDistance, feature_distance, whitening_of
+from .features import FeatureDistance, feature_distance
 from .fisher import (
     between_class_scatter,
     class_means,
@@ -82,6 +82,5 @@ __all__ = [
     "trace_ratio",
     "uniform_cross_entropy",
     "whitened_discriminant",
-    "whitening_of",
     "within_class_scatter",
 ]

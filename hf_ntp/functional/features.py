@@ -25,47 +25,13 @@ class FeatureDistance(NamedTuple):
         return self.cosine + self.relative_error
 
 
-def whitening_of(features: Tensor, shrinkage: float) -> Tensor:
-    """Matrix [D, D] that gives features [N, D] unit variance in all directions when they are multiplied by it.
-
-    Distances as they are would count the few directions of large variance alone; what tells classes apart often lies
-    in others, and a linear probe finds it there.
-
-    Args:
-        features: [N, D], of many images.
-        shrinkage: Share in [0, 1] of their covariance that is replaced by its mean variance in all directions: 1 gives
-            a multiple of the identity; 0 needs a covariance of full rank.
-
-    Raises:
-        ValueError: If the shrinkage lies outside [0, 1].
-    """
-    if not 0 <= shrinkage <= 1:
-        raise ValueError(f"shrinkage is {shrinkage}; needed: a value in [0, 1].")
-    centred = (features - features.mean(0)).double()
-    covariance = centred.T @ centred / len(centred)
-    identity = torch.eye(len(covariance), dtype=torch.float64, device=features.device)
-    mean = covariance.diagonal().mean()
-    if mean == 0:
-        return identity.float()
-    factor = torch.linalg.cholesky((1 - shrinkage) * covariance + shrinkage * mean * identity)
-    return torch.linalg.solve_triangular(factor, identity, upper=False).T.float().contiguous()
-
-
-def feature_distance(features: Tensor, reference: Tensor, whitening: Tensor | None = None) -> FeatureDistance:
+def feature_distance(features: Tensor, reference: Tensor) -> FeatureDistance:
     """Distance of features [N, D] from a reference [N, D], row by row; two scalars.
 
     What all rows have in common is taken away first: it tells nothing about an image, and would hide what does. A
     single row has no spread and is measured against its own length.
-
-    Args:
-        features: [N, D].
-        reference: [N, D].
-        whitening: Matrix [D, D] by which both are multiplied first, see :func:`whitening_of`.
     """
     features, reference = features.float(), reference.float()
-    if whitening is not None:
-        with torch.autocast(features.device.type, enabled=False):
-            features, reference = features @ whitening, reference @ whitening
     rows = len(reference)
     centre = reference.mean(0) if rows > 1 else torch.zeros_like(reference[0])
     spread = (reference - centre).square().sum(-1).sum() / max(rows - 1, 1)

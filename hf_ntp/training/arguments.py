@@ -255,13 +255,6 @@ class ProtectionArguments:
             "the increase of that loss over the original's, relatively. Empty: no limit."
         },
     )
-    feature_shrinkage: float = field(
-        default=0.1,
-        metadata={
-            "help": "Features are compared in units of their spread in every direction, so that a linear probe finds "
-            "what it found before. Share of the mean variance in those units, in (0, 1]: 1 compares them as they are."
-        },
-    )
     collapse_weight: float = field(
         default=0.3,
         metadata={"help": "Weight of the collapse of target tokens relative to source tokens, >= 0."},
@@ -317,11 +310,6 @@ class ProtectionArguments:
         for name in ("fisher_shrinkage", "target_warmup", *shares):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: a value in [0, 1].")
-        if not 0 < self.feature_shrinkage <= 1:
-            raise ValueError(
-                f"feature_shrinkage is {self.feature_shrinkage}; needed: a share in (0, 1], such as 0.1. Features "
-                "that hardly vary in some direction cannot be compared in units of that."
-            )
         if self.fisher == "whitened" and self.fisher_shrinkage == 0:
             raise ValueError(
                 "fisher is 'whitened' and fisher_shrinkage is 0; needed: a positive share, such as 0.1. The scatter "

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ..functional import FeatureDistance, feature_distance
 from ..models import find_head, frozen_batch_norm_statistics, mask_noise, plain_model, recorded_features
 from .arguments import ProtectionArguments
 from .distributed import average, gather_rows
-from .original_features import whitening
 
 _MEMORY = 0.9
 
@@ -91,22 +89,18 @@ class SourceGuard(Guard):
 
 
 class FeatureGuard(Guard):
-    """Without labels: the excess is the relative error of the whitened pooled features, see :class:`FeatureDistance`.
+    """Without labels: the excess is the relative error of the pooled features, see :class:`FeatureDistance`.
 
     Args:
         model: The model before protection; copied.
-        options: ``feature_tolerance``, ``feature_shrinkage`` and ``head_name``.
+        options: ``feature_tolerance`` and ``head_name``.
         device: Where the copy goes.
-        source: Authorized images, whose features are whitened.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, options: ProtectionArguments, device: torch.device, source: Dataset
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, options: ProtectionArguments, device: torch.device) -> None:
         super().__init__(options.feature_tolerance, device)
         self.original = _frozen_copy(model, device)
         self._head = find_head(self.original, options.head_name)[1]
-        self._whitening = whitening(source, self.original, self._head, device, options.feature_shrinkage)
         self._norms = [module for module in self.original.modules() if isinstance(module, _BatchNorm)]
 
     def match(self, images: Tensor, features: Tensor) -> Tensor:
@@ -136,8 +130,7 @@ class FeatureGuard(Guard):
         frozen = frozen_batch_norm_statistics(self.original)
         with torch.no_grad(), frozen, recorded_features(self._head) as reference:
             self.original(pixel_values=images)
-        ours, theirs = gather_rows(features, reference[-1])
-        return feature_distance(ours, theirs, self._whitening)
+        return feature_distance(*gather_rows(features, reference[-1]))
 
 
 class ReconstructionGuard(FeatureGuard):

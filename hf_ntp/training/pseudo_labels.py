@@ -12,17 +12,18 @@ from accelerate.utils import broadcast_object_list
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, default_data_collator
 
 from ..data import fetch_rows, fingerprint_of
-from .original_features import pooled_features
+from ..models import recorded_features
 from .paired_data import length_of
 
 # Enough for classes to show; what varies less, relative to the first, is rounding error that whitening would raise.
 _COMPONENTS = 32
 _LEAST_VARIANCE = 1e-6
 _RESTARTS = 4
+_BATCH_SIZE = 128
 
 
 class Relabelled(Dataset):
@@ -74,7 +75,7 @@ def with_clusters(
             f"pseudo_classes is {num_clusters} for {length_of(data)} unlabelled images; needed: an image per class at "
             "least, better ten. Lower pseudo_classes, or pass more images."
         )
-    features = pooled_features(data, model, head, device).double().cpu().numpy()
+    features = _pooled_features(data, model, head, device)
     components = PCA(min(_COMPONENTS, *features.shape), random_state=seed).fit_transform(features)
     variance = components.var(0)
     kept = variance > _LEAST_VARIANCE * variance[0]
@@ -82,3 +83,16 @@ def with_clusters(
     clusters = KMeans(num_clusters, n_init=_RESTARTS, random_state=seed).fit_predict(whitened)
     labels = broadcast_object_list([clusters.astype(np.int64)])[0]
     return Relabelled(data, labels)
+
+
+@torch.no_grad()
+def _pooled_features(data: Dataset, model: PreTrainedModel, head: nn.Module, device: torch.device) -> np.ndarray:
+    """Features [N, D] that enter the head, in eval mode, float64."""
+    training, home = model.training, model.device
+    nn.Module.to(model.eval(), device)
+    images = DataLoader(data, _BATCH_SIZE, collate_fn=lambda rows: default_data_collator(rows)["pixel_values"])
+    with recorded_features(head) as features:
+        for batch in images:
+            model(pixel_values=batch.to(device))
+    nn.Module.to(model.train(training), home)
+    return torch.cat(features).double().cpu().numpy()

@@ -249,12 +249,8 @@ class NTPTrainer(Trainer):
         self._head_name, self._head = head_name, head
         self._pool: AttackerPool | None = None
         # All three are of the model before protection, also where training resumes.
-        self._guard: FeatureGuard | SourceGuard
-        if self._matches_features:
-            unlabelled = ReconstructionGuard if args.source_loss == "reconstruction" else FeatureGuard
-            self._guard = unlabelled(self.model, args, args.device, source)
-        else:
-            self._guard = SourceGuard(self.model, args, args.device)
+        unlabelled = ReconstructionGuard if args.source_loss == "reconstruction" else FeatureGuard
+        self._guard = (unlabelled if self._matches_features else SourceGuard)(self.model, args, args.device)
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
         weights = (p for p in self.model.parameters() if p.requires_grad or not self._headless)

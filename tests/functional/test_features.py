@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_ntp.functional import feature_distance, whitening_of
+from hf_ntp.functional import feature_distance
 
 # Centre (1, 1); squared distances from it 1 each, so the variance is 4 / 3.
 REFERENCE = torch.tensor([[0.0, 1.0], [2.0, 1.0], [1.0, 0.0], [1.0, 2.0]])
@@ -48,38 +48,3 @@ def test_features_without_any_spread_give_finite_gradients(reference):
     distance = feature_distance(features, reference)
     (distance.cosine + distance.relative_error).backward()
     assert torch.isfinite(features.grad).all()
-
-
-def test_whitened_features_have_unit_variance_in_all_directions():
-    features = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)) @ torch.diag(
-        torch.tensor([10.0, 1.0, 0.1, 0.01])
-    )
-    white = (features - features.mean(0)) @ whitening_of(features, 1e-9)
-    torch.testing.assert_close(white.T @ white / 500, torch.eye(4), atol=1e-3, rtol=0)
-
-
-def test_whitening_by_hand():
-    """Variances 2 and 0, half of them replaced by their mean 1: 1.5 and 0.5."""
-    features = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-    torch.testing.assert_close(whitening_of(features, 0.5), torch.diag(torch.tensor([1.5, 0.5]) ** -0.5))
-
-
-def test_small_directions_count_as_much_as_large_ones_once_whitened():
-    reference = torch.randn(400, 2, generator=torch.Generator().manual_seed(1)) @ torch.diag(torch.tensor([10.0, 0.1]))
-    lost = reference * torch.tensor([1.0, 0.0])
-    assert float(feature_distance(lost, reference).relative_error) < 1e-3
-    whitened = feature_distance(lost, reference, whitening_of(reference, 1e-9))
-    assert float(whitened.relative_error) == pytest.approx(0.5, rel=0.05)
-
-
-def test_all_of_the_shrinkage_leaves_distances_as_they_are():
-    reference, features = torch.randn(2, 30, 5, generator=torch.Generator().manual_seed(0))
-    expected = feature_distance(features, reference)
-    found = feature_distance(features, reference, whitening_of(reference, 1.0))
-    assert [float(value) for value in found] == pytest.approx([float(value) for value in expected], rel=1e-4)
-
-
-def test_whitening_of_nothing():
-    torch.testing.assert_close(whitening_of(torch.ones(3, 2), 0.1), torch.eye(2))
-    with pytest.raises(ValueError, match="needed: a value in"):
-        whitening_of(torch.ones(3, 2), 2.0)
