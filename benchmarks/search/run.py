@@ -47,6 +47,10 @@ TRACED = ("step", "source_excess", "collapse_loss", "fisher_loss", "attacker_los
 CANDIDATES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "early_collapse": {"source_tolerance": [1.0, 0.06], "target_warmup": 0.1, "collapse_weight": 1.0},
+    # A last tolerance that the pruned model cannot reach switches off everything aimed at the target.
+    "looser_guard": {"source_tolerance": [0.4, 0.08]},
+    "medium_guard": {"source_tolerance": [0.4, 0.04]},
+    "medium_guard_masks": {"source_tolerance": [0.4, 0.04], "attacker_keeps_mask": 0.4},
 }
 """Options on top of the architecture's preset, by name."""
 
