@@ -255,8 +255,8 @@ def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
 def separate_batch_norms(norms: Sequence[_BatchNorm], sizes: Sequence[int]) -> Iterator[None]:
     """Let BatchNorm normalise the parts of a batch each by itself; only the first moves the running statistics.
 
-    One pass over several domains is then what a pass per domain would be, the later ones with
-    statistics that stay as they are.
+    One pass over several domains is then what a pass per domain would be, the later ones with statistics that stay as
+    they are.
 
     Args:
         norms: Layers of a model (:func:`batch_norms`) that takes batches of ``sum(sizes)`` images inside the block.
