@@ -267,6 +267,7 @@ def separate_batch_norms(norms: Sequence[_BatchNorm], sizes: Sequence[int]) -> I
     def apart(norm: _BatchNorm, forward: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         first, *others = batch.split(sizes)
         normalised = [forward(first)]
+        # As in frozen_batch_norm_statistics, which would search for layers once per norm and step.
         tracks, norm.track_running_stats = norm.track_running_stats, False
         try:
             return torch.cat([*normalised, *map(forward, others)])
