@@ -3,7 +3,6 @@
 import os
 import sys
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
@@ -101,11 +100,11 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def url(folders):
-    """The page, served from a thread."""
+    """The page, with everything loaded: a test's patience is for what the test does."""
     from app import serve
 
     page, load = serve(folders, server_port=None, quiet=True)
-    Thread(target=load, daemon=True).start()
+    load()
     yield page.local_url
     page.close()
 

@@ -18,7 +18,7 @@ class Visit:
         self.troubles = []
         self.context = browser.new_context(**{"viewport": {"width": 1100, "height": 900}, **options})
         self.page = self.context.new_page()
-        self.page.set_default_timeout(15_000)
+        self.page.set_default_timeout(60_000)  # other tests share the cores
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.troubles.append(f"page error: {error}"))
         self.page.on("request", lambda r: None if self._own(r.url, url) else self.troubles.append(f"external {r.url}"))
@@ -44,7 +44,11 @@ class Visit:
         self.page.get_by_role("tab", name=tab).click()
 
     def expect(self, selector, text):
-        self.page.locator(selector, has_text=text).wait_for()
+        try:
+            self.page.locator(selector, has_text=text).wait_for()
+        except Exception as error:
+            error.add_note(f"{selector} says: {self.page.locator(selector).all_inner_texts()}")
+            raise
 
     def upload(self, selector, path):
         clear = self.page.locator(f"{selector} button[aria-label='Clear']")
