@@ -310,8 +310,16 @@ def attack_data() -> hf_ntp.AttackData:
     return hf_ntp.AttackData(target.attacker, target.validation, target.test)
 
 
-def sweep_of(folder: str, fits: str, jobs: str, steps: str) -> dict[str, float]:
-    """Seconds of the demo's sweep (60 fits), shortened, in this process and whoever shares ``fits`` with it."""
+def sweep_of(folder: str, fits: str, jobs: str, steps: str, together: str = "1") -> dict[str, float]:
+    """Seconds of the demo's sweep (60 fits), shortened, in this process and whoever shares ``fits`` with it.
+
+    Args:
+        folder: With the checkpoints; here all words are those of a command line.
+        fits: Name of the cache in it.
+        jobs: Fits at a time, in processes of their own.
+        steps: Of one fit.
+        together: Fits trained as one, at most; "auto" leaves that to the runner.
+    """
     data, protocol = attack_data(), hf_ntp.FineTuneProtocol(int(steps), learning_rates=(3e-4, 1e-3, 3e-3))
     arms = hf_ntp.standard_arms(f"{folder}/unprotected", f"{folder}/protected")
     cache = Path(folder) / fits
@@ -319,12 +327,16 @@ def sweep_of(folder: str, fits: str, jobs: str, steps: str) -> dict[str, float]:
     while len(list(cache.glob("*.there"))) % int(os.environ.get("WORLD_SIZE", "1")):
         pass
     start = perf_counter()
-    curves = hf_ntp.sample_wise_learning_curves(arms, data, [10, 30, 100], (0, 1, 2), protocol, cache, int(jobs))
+    most = None if together == "auto" else int(together)
+    curves = hf_ntp.sample_wise_learning_curves(arms, data, [10, 30, 100], (0, 1, 2), protocol, cache, int(jobs), most)
     return {"fits": curves.fits, "seconds": perf_counter() - start}
 
 
 def sweep() -> dict[str, Any]:
-    """A sweep in one process, one after another; on 2 jobs; on 2 launched processes; and again from the cache."""
+    """A sweep in one process, one after another; on 2 jobs; on 2 launched processes; and again from the cache.
+
+    On a GPU also in one process with as many fits trained as one as the runner chooses.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = small_vit(LABELS)
@@ -333,10 +345,12 @@ def sweep() -> dict[str, Any]:
             for weight in prunable_weights(model).values():
                 weight.mul_(torch.rand_like(weight) > 0.6)
         model.save_pretrained(folder / "protected")
-        for fits in ("one", "jobs", "processes"):
+        for fits in ("one", "jobs", "processes", "together"):
             (folder / fits).mkdir()
         steps = str(SWEEP_STEPS)
+        on_gpu = torch.accelerator.is_available()
         return {
+            **({"trained as one": worker("sweep_of", name, "together", "1", steps, "auto")} if on_gpu else {}),
             "one process": worker("sweep_of", name, "one", "1", steps),
             "2 jobs": worker("sweep_of", name, "jobs", "2", steps),
             "2 processes": worker("sweep_of", name, "processes", "1", steps, processes=2),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -69,8 +69,10 @@ class Attack(ABC):
     To add one: subclass in a file of its own, and give it a line in `hf_ntp/attacks/__init__.py`.
     """
 
-    needs_source: bool = False
+    needs_source: ClassVar[bool] = False
     """Whether :attr:`Loot.source` has to be there."""
+    combines: ClassVar[bool] = False
+    """Whether :meth:`fit_together` is faster than one after another where an accelerator does the work."""
 
     def settings(self) -> dict[str, Any]:
         """JSON-ready fields: what a cached result depends on."""
@@ -98,3 +100,14 @@ class Attack(ABC):
         Returns:
             The attacker's classifier.
         """
+
+    def fit_together(
+        self,
+        models: Sequence[PreTrainedModel],
+        loots: Sequence[Loot],
+        protocol: FineTuneProtocol,
+        values: Sequence[float],
+        seeds: Sequence[int],
+    ) -> list[Predict]:
+        """Run the attack on several models of one architecture; each gets what :meth:`fit` would have given it."""
+        return [self.fit(*each) for each in zip(models, loots, [protocol] * len(models), values, seeds, strict=True)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, get_scheduler
 from ..models import find_head, has_head, noted_prunable_weights, replace_head
 from .attack import NO_HEAD, Attack, FineTuneProtocol, Loot, Predict
 from .changes import CHANGES
+from .ensemble import joint_cross_entropy
 
 # SGD with momentum needs rates about this much higher than Adam's for steps of a similar length.
 _SGD_RATE_FACTOR = 10.0
@@ -43,6 +45,7 @@ class FineTuning(Attack):
     trained: str = "all"
     optimizer: str = "adamw"
     longer: int = 1
+    combines: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -71,24 +74,46 @@ class FineTuning(Attack):
 
     def fit(self, model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, value: float, seed: int) -> Predict:
         """Fine-tune ``model`` in place at peak rate ``value``; see :class:`Attack`."""
+        parameters, masks = self._prepare(model, loot, seed)
+        loss = cross_entropy_on(model, loot.images, loot.labels, protocol.batch_size, seed)
+        steps = self.longer * protocol.steps
+        train(model, parameters, loss, protocol, value, seed, steps, self.optimizer, masks)
+        return predictor(model)
+
+    def fit_together(
+        self,
+        models: Sequence[PreTrainedModel],
+        loots: Sequence[Loot],
+        protocol: FineTuneProtocol,
+        values: Sequence[float],
+        seeds: Sequence[int],
+    ) -> list[Predict]:
+        """Fine-tune all models in place at once; see :class:`Attack`.
+
+        The results are those of single fits up to rounding. Batches have to be of one size, models without dropout.
+        """
+        prepared = [self._prepare(*each) for each in zip(models, loots, seeds, strict=True)]
+        groups = [{"params": ours, "lr": rate} for (ours, _), rate in zip(prepared, values, strict=True)]
+        batches = [
+            batches_of(len(loot.labels), protocol.batch_size, seed) for loot, seed in zip(loots, seeds, strict=True)
+        ]
+        loss = joint_cross_entropy(models, loots, lambda: [next(each) for each in batches])
+        masks = [pair for _, ours in prepared for pair in ours]
+        steps = self.longer * protocol.steps
+        everything = nn.ModuleList(models)
+        train(everything, groups, loss, protocol, values[0], seeds[0], steps, self.optimizer, masks, keep_grad=True)
+        return [predictor(model) for model in models]
+
+    def _prepare(
+        self, model: PreTrainedModel, loot: Loot, seed: int
+    ) -> tuple[list[nn.Parameter], list[tuple[nn.Parameter, Tensor]]]:
+        """Change the model as the attack begins; return what is trained, and weights with the masks they keep."""
         masks = zero_masks(model) if self.keep_mask else []
         for change in self.changes:
             CHANGES[change](model, seed)
         if not self.keep_head:
             replace_head(model, loot.num_labels, torch.Generator().manual_seed(seed))
-        parameters = bias_parameters(model) if self.trained == "bias" else list(model.parameters())
-        train(
-            model,
-            parameters,
-            cross_entropy_on(model, loot.images, loot.labels, protocol.batch_size, seed),
-            protocol,
-            value,
-            seed,
-            steps=self.longer * protocol.steps,
-            optimizer=self.optimizer,
-            masks=masks,
-        )
-        return predictor(model)
+        return bias_parameters(model) if self.trained == "bias" else list(model.parameters()), masks
 
 
 def zero_masks(model: PreTrainedModel) -> list[tuple[nn.Parameter, Tensor]]:
@@ -125,20 +150,21 @@ def cross_entropy_on(
 
 def train(
     model: nn.Module,
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     loss: Callable[[], Tensor],
     protocol: FineTuneProtocol,
     learning_rate: float,
     seed: int,
     steps: int | None = None,
     optimizer: str = "adamw",
-    masks: Iterable[tuple[nn.Parameter, Tensor]] = (),
+    masks: Sequence[tuple[nn.Parameter, Tensor]] = (),
+    keep_grad: bool = False,
 ) -> None:
     """Minimise ``loss()`` in place with the protocol's schedule: what every gradient attack shares.
 
     Args:
         model: Put in training mode.
-        parameters: What is updated.
+        parameters: What is updated; as an optimizer's groups where rates differ.
         loss: Gives the loss of the next batch, a scalar.
         protocol: Weight decay, warm-up and, unless ``steps`` is given, the number of steps.
         learning_rate: Peak rate.
@@ -146,6 +172,7 @@ def train(
         steps: Number of optimizer steps.
         optimizer: "adamw" or "sgd".
         masks: Weights and the boolean masks they are held to.
+        keep_grad: Zero gradients in place instead of dropping them.
     """
     steps = protocol.steps if steps is None else steps
     if optimizer == "sgd":
@@ -159,15 +186,16 @@ def train(
     schedule = get_scheduler("cosine", updates, protocol.warmup_steps, steps)
     torch.manual_seed(seed)
     model.train()
+    held = [list(part) for part in zip(*masks, strict=True)]
     for _ in range(steps):
         value = loss()
-        updates.zero_grad()
+        updates.zero_grad(set_to_none=not keep_grad)
         value.backward()
         updates.step()
         schedule.step()
-        with torch.no_grad():
-            for weight, mask in masks:
-                weight.mul_(mask)
+        if held:
+            with torch.no_grad():
+                torch._foreach_mul_(*held)
 
 
 def batches_of(size: int, batch_size: int, seed: int) -> Iterator[Tensor]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import joblib
 import numpy as np
@@ -25,6 +26,13 @@ from ..models import load_model
 from .arms import Arm
 from .cache import ResultCache, checkpoint_digest, content_key, local_folder
 from .claims import POLL, Claims
+
+logger = logging.getLogger(__name__)
+
+# Fits trained as one on an accelerator: no more than that many, and than have that many weights.
+_MOST_TOGETHER = 32
+_WEIGHTS_TOGETHER = 20_000_000
+_NOT_ARCHITECTURE = ("id2label", "label2id", "_name_or_path", "transformers_version", "ntp")
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ def sample_wise_learning_curves(
     protocol: FineTuneProtocol | None = None,
     cache_dir: str | Path | None = None,
     jobs: int | None = None,
+    together: int | None = None,
 ) -> LearningCurves:
     """Attack every arm with nested subsets of the target and measure test accuracy.
 
@@ -118,17 +127,20 @@ def sample_wise_learning_curves(
         protocol: How to fine-tune; defaults of :class:`FineTuneProtocol`.
         cache_dir: Where finished fits are kept; None keeps nothing, and shares nothing with other processes.
         jobs: Fits at a time in this process; default one per core that it has, or one where an accelerator does the
-            work. More of them share it, each in a process of its own: small models leave it mostly idle.
+            work. More of them share it, each in a process of its own.
+        together: Fits of one attack and architecture that are trained as one model, at most (`torch.func.vmap`);
+            default one on CPUs, which gain nothing, and as many as have 20 million weights, at most 32, on an
+            accelerator, which small models leave mostly idle. Their results are those of single fits up to rounding.
 
     Raises:
-        ValueError: For sizes that are unsorted, repeated or larger than the set.
+        ValueError: For sizes that are unsorted, repeated or larger than the set, and for ``together`` below 1.
         RuntimeError: If a fit fails; says which.
     """
     protocol = protocol or FineTuneProtocol()
     check_seeds(seeds)
     subsets = {seed: nested_subsets(data.train.labels, sample_sizes, seed) for seed in seeds}
     arms = [replace(arm, checkpoint=local_folder(arm.checkpoint)) for arm in arms]
-    run = _Sweep(subsets, data, protocol, ResultCache(cache_dir), jobs)
+    run = _Sweep(subsets, data, protocol, ResultCache(cache_dir), jobs, together)
     # Large fits first, so that no core is left with a long one at the end.
     points = [(size, arm) for size in sorted(sample_sizes, reverse=True) for arm in arms]
     first, *others = seeds
@@ -169,7 +181,11 @@ class _Sweep:
         protocol: FineTuneProtocol,
         cache: ResultCache,
         jobs: int | None,
+        together: int | None,
     ) -> None:
+        if together is not None and together < 1:
+            raise ValueError(f"together is {together}; needed: at least 1, the number of fits trained as one.")
+        self.together = together
         self.subsets, self.data, self.protocol, self.cache = subsets, data, protocol, cache
         cores = max(1, joblib.cpu_count() // _launched("LOCAL_WORLD_SIZE", 1))
         self.jobs = jobs or (1 if torch.accelerator.is_available() else cores)
@@ -187,16 +203,20 @@ class _Sweep:
                 if fit not in results and (found := self.cache.get(keys[fit])):
                     results[fit] = Accuracies(**found)
 
-        def mine() -> Iterator[_Fit]:
-            """Claim one fit after another, each when there is a job for it."""
-            for fit in fits:
-                if fit in results or not self.claims.take(keys[fit]):
-                    continue
-                if found := self.cache.get(keys[fit]):  # finished since the last look
-                    results[fit] = Accuracies(**found)
-                    self.claims.release(keys[fit])
-                else:
-                    yield fit
+        def claimed(fit: _Fit) -> bool:
+            if fit in results or not self.claims.take(keys[fit]):
+                return False
+            if found := self.cache.get(keys[fit]):  # finished since the last look
+                results[fit] = Accuracies(**found)
+                self.claims.release(keys[fit])
+                return False
+            return True
+
+        def mine() -> Iterator[list[_Fit]]:
+            """Claim one fit after another, or several that are trained as one, each when there is a job for it."""
+            for batch in self._batches(fits):
+                if ours := [fit for fit in batch if claimed(fit)]:
+                    yield ours
 
         look()
         # One bar per machine; fits that others finish count, so that the time left is true.
@@ -205,10 +225,11 @@ class _Sweep:
         )
         with bar, self.claims.kept_alive():
             while len(results) < len(fits):
-                for fit, result in self._run(mine()):
-                    self.cache.put(keys[fit], result._asdict())
-                    self.claims.release(keys[fit])
-                    results[fit] = result
+                for finished in self._run(mine()):
+                    for fit, result in finished.items():
+                        self.cache.put(keys[fit], result._asdict())
+                        self.claims.release(keys[fit])
+                        results[fit] = result
                     look()
                     bar.update(len(results) - bar.n)
                 if len(results) < len(fits):
@@ -217,8 +238,38 @@ class _Sweep:
                 bar.update(len(results) - bar.n)
         return results
 
-    def _run(self, fits: Iterator[_Fit]) -> Iterator[tuple[_Fit, Accuracies]]:
-        work = (joblib.delayed(_run)(fit, self.subsets[fit.seed][fit.size], self.data, self.protocol) for fit in fits)
+    def _batches(self, fits: Sequence[_Fit]) -> list[list[_Fit]]:
+        """Divide fits into those that are trained as one."""
+        alike: dict[Hashable, list[_Fit]] = {}
+        for fit in fits:
+            alike.setdefault(self._kind(fit), []).append(fit)
+        batches = []
+        for group in alike.values():
+            most = self._most_together(group[0].arm)
+            batches += [group[begin : begin + most] for begin in range(0, len(group), most)]
+        return batches
+
+    def _kind(self, fit: _Fit) -> Hashable:
+        """What fits have to share to be trained as one: nothing but themselves where none are."""
+        if not fit.arm.attack.combines or self._most_together(fit.arm) == 1:
+            return fit
+        architecture = self.describe.architecture(fit.arm)
+        if any("drop" in key and isinstance(value, float) and value > 0 for key, value in architecture.items()):
+            return fit  # its dropout comes from a seed of its own
+        return fit.arm.attack, content_key(architecture), min(fit.size, self.protocol.batch_size)
+
+    def _most_together(self, arm: Arm) -> int:
+        if self.together is not None or not torch.accelerator.is_available():
+            return self.together or 1
+        weights = sum(file.stat().st_size for file in Path(arm.checkpoint).glob("*.safetensors")) // 4
+        return max(1, min(_MOST_TOGETHER, _WEIGHTS_TOGETHER // max(weights, 1)))
+
+    def _run(self, fits: Iterator[list[_Fit]]) -> Iterator[dict[_Fit, Accuracies]]:
+        rows = {(seed, size): found for seed, subsets in self.subsets.items() for size, found in subsets.items()}
+        work = (
+            joblib.delayed(_run)(some, [rows[fit.seed, fit.size] for fit in some], self.data, self.protocol)
+            for some in fits
+        )
         backend = "loky" if self.jobs > 1 else "sequential"
         with joblib.parallel_config(backend, inner_max_num_threads=1 if self.jobs > 1 else None):
             # What is dispatched is claimed: no more than can run.
@@ -252,24 +303,45 @@ def load_start(arm: Arm, seed: int) -> PreTrainedModel:
     return load_model(arm.checkpoint, random_init=arm.random_init)
 
 
-def _run(fit: _Fit, rows: np.ndarray, data: AttackData, protocol: FineTuneProtocol) -> tuple[_Fit, Accuracies]:
-    try:
-        return fit, _fit(fit, rows, data, protocol)
-    except Exception as error:
-        raise RuntimeError(f"the fit of {fit} failed ({type(error).__name__}: {error})") from error
+def _run(
+    fits: Sequence[_Fit], rows: Sequence[np.ndarray], data: AttackData, protocol: FineTuneProtocol
+) -> dict[_Fit, Accuracies]:
+    """Run fits that can be trained as one as such, or if that fails (vmap, memory) one after another."""
+    if len(fits) > 1:
+        try:
+            return dict(zip(fits, _fit(fits, rows, data, protocol), strict=True))
+        except RuntimeError as error:
+            logger.warning("Cannot train %d fits as one, and fit one after another: %s", len(fits), error)
+    results = {}
+    for fit, own in zip(fits, rows, strict=True):
+        try:
+            results[fit] = _fit([fit], [own], data, protocol)[0]
+        except Exception as error:
+            raise RuntimeError(f"the fit of {fit} failed ({type(error).__name__}: {error})") from error
+    return results
 
 
-def _fit(fit: _Fit, rows: np.ndarray, data: AttackData, protocol: FineTuneProtocol) -> Accuracies:
-    attack = fit.arm.attack
+def _fit(
+    fits: Sequence[_Fit], rows: Sequence[np.ndarray], data: AttackData, protocol: FineTuneProtocol
+) -> list[Accuracies]:
+    attack = fits[0].arm.attack
     with _quick_and_quiet():
-        torch.manual_seed(fit.seed)  # layers that a checkpoint lacks are initialised on loading
-        model = load_start(fit.arm, fit.seed)
-        if torch.accelerator.is_available():
-            nn.Module.to(model, _accelerator())
+        models = [_load(fit) for fit in fits]
         source = data.source.tensors() if attack.needs_source and data.source is not None else None
-        loot = Loot(*data.train.tensors(rows), data.num_labels, source)
-        predict = attack.fit(model, loot, protocol, fit.value, fit.seed)
-        return Accuracies(accuracy_of(predict, data.validation), accuracy_of(predict, data.test))
+        held = {(fit.seed, fit.size): data.train.tensors(own) for fit, own in zip(fits, rows, strict=True)}
+        loots = [Loot(*held[fit.seed, fit.size], data.num_labels, source) for fit in fits]
+        values, seeds = [fit.value for fit in fits], [fit.seed for fit in fits]
+        if len(fits) == 1:
+            predicts = [attack.fit(models[0], loots[0], protocol, values[0], seeds[0])]
+        else:
+            predicts = attack.fit_together(models, loots, protocol, values, seeds)
+        return [Accuracies(accuracy_of(each, data.validation), accuracy_of(each, data.test)) for each in predicts]
+
+
+def _load(fit: _Fit) -> PreTrainedModel:
+    torch.manual_seed(fit.seed)  # layers that a checkpoint lacks are initialised on loading
+    model = load_start(fit.arm, fit.seed)
+    return nn.Module.to(model, _accelerator()) if torch.accelerator.is_available() else model
 
 
 def _accelerator() -> torch.device | int | None:
@@ -300,19 +372,25 @@ class _Describer:
         }
         self._source = None if data.source is None else data.source.fingerprint
         self._starts: dict[Arm, dict[str, object]] = {}
+        self._configs: dict[str, dict[str, Any]] = {}
+
+    def _config(self, arm: Arm) -> dict[str, Any]:
+        if arm.checkpoint not in self._configs:
+            self._configs[arm.checkpoint] = AutoConfig.from_pretrained(arm.checkpoint).to_dict()
+        return self._configs[arm.checkpoint]
+
+    def architecture(self, arm: Arm) -> dict[str, Any]:
+        """Config of an arm's checkpoint, without what is not part of the architecture."""
+        return {key: value for key, value in self._config(arm).items() if key not in _NOT_ARCHITECTURE}
 
     def _start(self, arm: Arm) -> dict[str, object]:
-        config = AutoConfig.from_pretrained(arm.checkpoint).to_dict()
-        notes = config.pop("ntp", None) or {}
-        # Not part of the architecture.
-        for key in ("id2label", "label2id", "_name_or_path", "transformers_version"):
-            config.pop(key, None)
+        notes = self._config(arm).get("ntp") or {}
         weights = None if arm.random_init else checkpoint_digest(Path(arm.checkpoint))
         # The patterns decide what a mask is, the names where things are; the rest of the note changes nothing.
         telling = ("prune_include", "prune_exclude", "head_name", "encoder_name")
         patterns = {key: value for key, value in notes.items() if key in telling}
         return {
-            "config": content_key(config),
+            "config": content_key(self.architecture(arm)),
             "weights": weights,
             "attack": [type(arm.attack).__name__, arm.attack.settings()],
             "patterns": patterns,

@@ -1,5 +1,7 @@
 import json
 import math
+from dataclasses import replace
+from time import perf_counter
 
 import numpy as np
 import pytest
@@ -105,7 +107,7 @@ def test_a_damaged_cache_entry_counts_as_missing(tmp_path):
 def test_the_learning_rate_is_chosen_on_validation_data(attack, checkpoints, monkeypatch):
     """The rate with the better validation accuracy wins even where test accuracy says otherwise."""
     table = {1e-3: runner.Accuracies(0.9, 0.1), 1e-2: runner.Accuracies(0.2, 0.8)}
-    monkeypatch.setattr(runner, "_run", lambda fit, *rest: (fit, table[fit.value]))
+    monkeypatch.setattr(runner, "_run", lambda fits, *rest: {fit: table[fit.value] for fit in fits})
     curves = sample_wise_learning_curves(standard_arms(*checkpoints)[:1], attack, [6, 12], [0, 1], QUICK, jobs=1)
     assert curves.accuracies["scratch"] == [[0.1, 0.1], [0.1, 0.1]]
     assert curves.learning_rates["scratch"] == [1e-3, 1e-3]
@@ -134,11 +136,12 @@ def test_the_rate_is_tuned_on_the_first_seed(attack, checkpoints, monkeypatch):
     """The other seeds use it: they fit once per size, and their own validation accuracy has no say."""
     fits = []
 
-    def fit(fit, *rest):
+    def run(batch, *rest):
+        (fit,) = batch
         fits.append((fit.seed, fit.value))
-        return fit, runner.Accuracies(fit.value if fit.seed == 3 else -fit.value, 0.5)
+        return {fit: runner.Accuracies(fit.value if fit.seed == 3 else -fit.value, 0.5)}
 
-    monkeypatch.setattr(runner, "_run", fit)
+    monkeypatch.setattr(runner, "_run", run)
     curves = sample_wise_learning_curves(standard_arms(*checkpoints)[:1], attack, [6], [3, 1], QUICK, jobs=1)
     assert curves.learning_rates["scratch"] == [1e-2]
     assert sorted(fits) == [(1, 1e-2), (3, 1e-3), (3, 1e-2)]
@@ -202,3 +205,63 @@ def test_measuring_a_protected_model(attack, checkpoints, tmp_path):
     assert measured.accuracy.images == 12
     assert measured.convergence.sample_size == 12
     assert measured.convergence.steps == 12
+
+
+def test_fits_trained_as_one_give_the_same_curves(attack, checkpoints, tmp_path, monkeypatch):
+    arms = standard_arms(*checkpoints)
+    single = sample_wise_learning_curves(arms, attack, [6, 12, 24], [0, 1], QUICK, jobs=1)
+    real, batches = FineTuning.fit_together, []
+
+    def noted(self, models, loots, *args):
+        batches.append((self.keep_mask, len(models), {min(8, len(loot.labels)) for loot in loots}))
+        return real(self, models, loots, *args)
+
+    monkeypatch.setattr(FineTuning, "fit_together", noted)
+    joint = sample_wise_learning_curves(
+        arms, attack, [6, 12, 24], [0, 1], QUICK, tmp_path / "fits", jobs=1, together=8
+    )
+    assert joint.fits == single.fits == len(list((tmp_path / "fits").iterdir()))
+    assert all(most <= 8 and len(sizes) == 1 for _, most, sizes in batches)
+    # Tuning: 3 arms x 2 rates x (2 sizes with full batches, 1 without) without mask, 1 arm that keeps it.
+    assert sorted(batches[:5]) == [(False, 4, {8}), (False, 6, {6}), (False, 8, {8}), (True, 2, {6}), (True, 4, {8})]
+    for name, accuracies in single.accuracies.items():
+        # 12 test images: rounding may turn one of them.
+        assert np.abs(np.subtract(accuracies, joint.accuracies[name])).max() <= 1 / 12 + 1e-9
+
+
+def test_what_cannot_be_trained_as_one_is_fitted_one_after_another(attack, checkpoints, monkeypatch, caplog):
+    arms = standard_arms(*checkpoints)[1:2]
+    expected = sample_wise_learning_curves(arms, attack, [6], [0], QUICK, jobs=1)
+
+    def without_memory(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(FineTuning, "fit_together", without_memory)
+    assert sample_wise_learning_curves(arms, attack, [6], [0], QUICK, jobs=1, together=2) == expected
+    assert "Cannot train 2 fits as one, and fit one after another: no memory" in caplog.text
+
+
+def test_dropout_is_never_shared(attack, tmp_path, monkeypatch):
+    model = tiny_vit(dropout=0.1)
+    model.save_pretrained(tmp_path / "a")
+    monkeypatch.setattr(FineTuning, "fit_together", lambda *args: pytest.fail("trained as one"))
+    arms = [Arm("a", str(tmp_path / "a"))]
+    assert sample_wise_learning_curves(arms, attack, [6], [0], QUICK, jobs=1, together=4).fits == 2
+
+
+def test_no_fits_at_a_time_is_an_error(attack, checkpoints):
+    with pytest.raises(ValueError, match="together is 0; needed: at least 1"):
+        sample_wise_learning_curves(standard_arms(*checkpoints), attack, [6], [0], QUICK, together=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_trains_many_small_models_in_the_time_of_few(attack, checkpoints):
+    arms = standard_arms(*checkpoints)
+    protocol = replace(QUICK, steps=300)
+    seconds = {}
+    for together in (None, 1):
+        begin = perf_counter()
+        sample_wise_learning_curves(arms, attack, [8, 12, 24], range(6), protocol, jobs=1, together=together)
+        seconds[together] = perf_counter() - begin
+    assert seconds[1] > 5 * seconds[None]

@@ -25,7 +25,8 @@ def test_figures_by_hand(checkpoints, attack, monkeypatch):
     """Scratch .2, three times longer .3; unprotected dense .6; mask kept .2, dense .4, three times longer .7."""
     unprotected, protected = checkpoints
 
-    def fit(fit, *rest):
+    def run(fits, *rest):
+        (fit,) = fits
         arm = fit.arm
         longer = getattr(arm.attack, "longer", 1) == 3
         if arm.random_init:
@@ -34,9 +35,9 @@ def test_figures_by_hand(checkpoints, attack, monkeypatch):
             value = 0.6
         else:
             value = 0.2 if arm.attack.keep_mask else 0.7 if longer else 0.4
-        return fit, runner.Accuracies(value, value)
+        return {fit: runner.Accuracies(value, value)}
 
-    monkeypatch.setattr(runner, "_run", fit)
+    monkeypatch.setattr(runner, "_run", run)
     results = suite(checkpoints, attack, ["mask_kept", "dense", "dense_3x"])
     protected = results["starts"]["protected"]
     assert protected["mask_kept"]["normalized"] == pytest.approx(0.0)
