@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -36,6 +37,17 @@ class Rows(Dataset):
 
     def __getitem__(self, index):
         return {"pixel_values": self.images[index], "labels": int(self.labels[index])}
+
+
+def adapted(model, targets=("q_proj", "fc1"), moved=3, **options):
+    """An adapter with all its parameters moved, as if trained; its dropout would show."""
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=list(targets), lora_dropout=0.3, **options))
+    torch.manual_seed(moved)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 def tiny_vit(num_labels=3, seed=0, dropout=0.0, **options):

@@ -36,8 +36,8 @@ def run(checkpoint, attack, seed=0):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_contract(name, checkpoint):
     attack, file = ATTACKS[name], checkpoint / "model.safetensors"
-    if attack.unsuitable(AutoModelForImageClassification.from_pretrained(checkpoint), 3):
-        pytest.skip("makes no sense for this model")
+    if reason := attack.unsuitable(AutoModelForImageClassification.from_pretrained(checkpoint), 3):
+        pytest.skip(reason)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     predicted, weights = run(checkpoint, attack)
     assert predicted.dtype == torch.int64

@@ -7,7 +7,7 @@ from transformers import AutoModelForImageClassification
 from hf_ntp import merge_lora
 from hf_ntp.models import noted_prunable_weights, prunable_weights, replace_head, zero_fraction
 
-from ..conftest import Rows, tiny_resnet, tiny_vit
+from ..conftest import Rows, adapted, tiny_resnet, tiny_vit
 
 
 def protected(make=tiny_vit, share=0.9, include=()):
@@ -18,17 +18,6 @@ def protected(make=tiny_vit, share=0.9, include=()):
             weight.mul_(torch.rand(weight.shape, generator=generator) >= share)
     model.config.ntp = {"method": "non-transferable-pruning", "sparsity": share, "prune_include": list(include)}
     return model
-
-
-def adapted(model, targets, **options):
-    """An adapter with all its parameters moved, as if trained."""
-    adapter = get_peft_model(model, LoraConfig(r=2, target_modules=targets, **options))
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return adapter
 
 
 def values(model):

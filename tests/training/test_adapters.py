@@ -12,22 +12,11 @@ from hf_ntp.publishing.from_trainer import write_folder
 from hf_ntp.training.attacker import INFORMED
 from hf_ntp.training.attackers import AttackerPool
 
-from ..conftest import Rows, tiny_resnet, tiny_vit
+from ..conftest import Rows, adapted, tiny_resnet, tiny_vit
 from .test_headless import Unlabelled, same, tiny_encoder
 from .test_trainer import NO_TARGET, trainer
 
 IMAGES = Rows(size=6, seed=9).images
-
-
-def adapted(model, targets=("q_proj", "fc1"), moved=3, **options):
-    """An adapter with all its parameters moved, as if trained; its dropout would show."""
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=list(targets), lora_dropout=0.3, **options))
-    torch.manual_seed(moved)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def parts(model):
