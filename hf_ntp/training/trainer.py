@@ -78,6 +78,9 @@ from .terms import Reading, Terms, not_finite
 
 logger = logging.getLogger(__name__)
 
+# Mean share of its weight below which what is aimed at the target did next to nothing.
+_HELD_BACK = 0.1
+
 # Trainer's upload leaves names with a leading underscore alone.
 _STAGING = "_unfinished"
 
@@ -300,8 +303,9 @@ class NTPTrainer(Trainer):
         loss, terms = self._source_terms(inputs, logits, features)
         if targets:
             target_loss, of_targets = target_terms(targets, tokens, self.heads, self.args, self._target_shares)
-            terms |= of_targets
-            loss = loss + self._strength() * target_loss
+            strength = self._strength()
+            terms |= {**of_targets, "target_strength": torch.as_tensor(strength, device=loss.device)}
+            loss = loss + strength * target_loss
         self._terms.add({"loss": loss, **terms})
         return (loss, {"logits": logits}) if return_outputs else loss
 
@@ -440,6 +444,7 @@ class NTPTrainer(Trainer):
             torch._foreach_add_(list(self.prunable.values()), 0.0)
         self._heed(self._terms.read())
         self._check_state()
+        self._warn_if_held_back()
         self.model.config.ntp = {
             "method": "non-transferable-pruning",
             "sparsity": zero_fraction(list(self.prunable.values())),
@@ -449,6 +454,24 @@ class NTPTrainer(Trainer):
             "head_name": self.args.head_name,
             **({"encoder_name": self.args.encoder_name} if self._headless else {}),
         }
+
+    def _warn_if_held_back(self) -> None:
+        """Say so if the source guard has switched off what was to protect."""
+        warm = self.args.target_warmup * self.state.max_steps
+        rows = [row for row in self.state.log_history if "target_strength" in row and row["step"] > warm]
+        share = sum(row["target_strength"] for row in rows) / len(rows) if rows else 1.0
+        if share < _HELD_BACK:
+            option = "feature_tolerance" if isinstance(self._guard, FeatureGuard) else "source_tolerance"
+            logger.warning(
+                "Everything aimed at the target had %.0f %% of its weight on average (target_strength): on authorized "
+                "training images the model stayed worse than the original by more than %s=%s allows. Expect weak "
+                "protection. An original that has memorised those images makes this likely: raise %s and watch the "
+                "accuracy on other authorized images.",
+                100 * share,
+                option,
+                getattr(self.args, option),
+                option,
+            )
 
     # Trainer hooks
 

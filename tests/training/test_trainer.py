@@ -65,6 +65,7 @@ def test_end_to_end(tmp_path):
     logged = [row for row in ours.state.log_history if "loss" in row]
     assert len(logged) == 4
     terms = {"source_loss", "collapse_loss", "fisher_loss", "attacker_loss", "distillation_loss", "sparsity"}
+    terms.add("target_strength")
     assert all(terms <= row.keys() for row in logged)
     assert all(math.isfinite(row[term]) for row in logged for term in terms)
     assert {"primal_residual", "dual_residual"} <= logged[-1].keys()
@@ -116,6 +117,23 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path):
     expected = F.cross_entropy(logits, batch["labels"]) + 0.3 * transfer + 0.7 * fisher + 0.2 * collapse
     expected = expected + 0.5 * divergence
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("tolerance", "held_back"), [([1e-6, 1e-6], True), ([9.0, 9.0], False), ([], False)])
+def test_a_guard_that_switches_protection_off_says_so(tmp_path, caplog, tolerance, held_back):
+    model, data = tiny_vit(), Rows()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):  # until it knows its images by heart
+        optimizer.zero_grad()
+        F.cross_entropy(model(data.images).logits, data.labels).backward()
+        optimizer.step()
+    ours = trainer(tmp_path, model, max_steps=20, learning_rate=0.01, target_warmup=0.1, source_tolerance=tolerance)
+    ours.train()
+    warned = "Everything aimed at the target had" in caplog.text
+    assert warned == held_back
+    assert (f"source_tolerance={tolerance} allows" in caplog.text) == held_back
+    shares = [row["target_strength"] for row in ours.state.log_history if "target_strength" in row][1:]
+    assert max(shares) < 0.1 if held_back else min(shares) == 1
 
 
 def test_target_terms_rise_over_the_warm_up(tmp_path):
