@@ -240,34 +240,28 @@ class _Sweep:
 
     def _batches(self, fits: Sequence[_Fit]) -> list[list[_Fit]]:
         """Divide fits into those that are trained as one."""
+        most = {arm: self._most_together(arm) for arm in dict.fromkeys(fit.arm for fit in fits)}
         alike: dict[Hashable, list[_Fit]] = {}
         for fit in fits:
-            alike.setdefault(self._kind(fit), []).append(fit)
+            kind = (fit.arm.attack, self.describe.architecture(fit.arm), min(fit.size, self.protocol.batch_size))
+            alike.setdefault(kind if most[fit.arm] > 1 else fit, []).append(fit)
         batches = []
         for group in alike.values():
-            most = self._most_together(group[0].arm)
-            batches += [group[begin : begin + most] for begin in range(0, len(group), most)]
+            size = most[group[0].arm]
+            batches += [group[begin : begin + size] for begin in range(0, len(group), size)]
         return batches
 
-    def _kind(self, fit: _Fit) -> Hashable:
-        """What fits have to share to be trained as one: nothing but themselves where none are."""
-        if not fit.arm.attack.combines or self._most_together(fit.arm) == 1:
-            return fit
-        architecture = self.describe.architecture(fit.arm)
-        if any("drop" in key and isinstance(value, float) and value > 0 for key, value in architecture.items()):
-            return fit  # its dropout comes from a seed of its own
-        return fit.arm.attack, content_key(architecture), min(fit.size, self.protocol.batch_size)
-
     def _most_together(self, arm: Arm) -> int:
+        if not arm.attack.combines or self.describe.has_dropout(arm):  # which each draws from a seed of its own
+            return 1
         if self.together is not None or not torch.accelerator.is_available():
             return self.together or 1
         weights = sum(file.stat().st_size for file in Path(arm.checkpoint).glob("*.safetensors")) // 4
         return max(1, min(_MOST_TOGETHER, _WEIGHTS_TOGETHER // max(weights, 1)))
 
     def _run(self, fits: Iterator[list[_Fit]]) -> Iterator[dict[_Fit, Accuracies]]:
-        rows = {(seed, size): found for seed, subsets in self.subsets.items() for size, found in subsets.items()}
         work = (
-            joblib.delayed(_run)(some, [rows[fit.seed, fit.size] for fit in some], self.data, self.protocol)
+            joblib.delayed(_run)(some, [self.subsets[f.seed][f.size] for f in some], self.data, self.protocol)
             for some in fits
         )
         backend = "loky" if self.jobs > 1 else "sequential"
@@ -373,15 +367,25 @@ class _Describer:
         self._source = None if data.source is None else data.source.fingerprint
         self._starts: dict[Arm, dict[str, object]] = {}
         self._configs: dict[str, dict[str, Any]] = {}
+        self._architectures: dict[str, str] = {}
 
     def _config(self, arm: Arm) -> dict[str, Any]:
         if arm.checkpoint not in self._configs:
             self._configs[arm.checkpoint] = AutoConfig.from_pretrained(arm.checkpoint).to_dict()
         return self._configs[arm.checkpoint]
 
-    def architecture(self, arm: Arm) -> dict[str, Any]:
-        """Config of an arm's checkpoint, without what is not part of the architecture."""
-        return {key: value for key, value in self._config(arm).items() if key not in _NOT_ARCHITECTURE}
+    def architecture(self, arm: Arm) -> str:
+        """Digest of the config of an arm's checkpoint, without what is not part of the architecture."""
+        if arm.checkpoint not in self._architectures:
+            config = {key: value for key, value in self._config(arm).items() if key not in _NOT_ARCHITECTURE}
+            self._architectures[arm.checkpoint] = content_key(config)
+        return self._architectures[arm.checkpoint]
+
+    def has_dropout(self, arm: Arm) -> bool:
+        """Whether the config of an arm's checkpoint has any kind of dropout switched on."""
+        return any(
+            "drop" in key and isinstance(value, float) and value > 0 for key, value in self._config(arm).items()
+        )
 
     def _start(self, arm: Arm) -> dict[str, object]:
         notes = self._config(arm).get("ntp") or {}
@@ -390,7 +394,7 @@ class _Describer:
         telling = ("prune_include", "prune_exclude", "head_name", "encoder_name")
         patterns = {key: value for key, value in notes.items() if key in telling}
         return {
-            "config": content_key(self.architecture(arm)),
+            "config": self.architecture(arm),
             "weights": weights,
             "attack": [type(arm.attack).__name__, arm.attack.settings()],
             "patterns": patterns,

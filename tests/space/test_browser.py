@@ -47,8 +47,8 @@ class Visit:
         try:
             self.page.locator(selector, has_text=text).wait_for()
         except Exception as error:
-            error.add_note(f"{selector} says: {self.page.locator(selector).all_inner_texts()}")
-            raise
+            found = self.page.locator(selector).all_inner_texts()
+            raise AssertionError(f"{selector} says {found}; needed: {text!r}") from error
 
     def upload(self, selector, path):
         clear = self.page.locator(f"{selector} button[aria-label='Clear']")
