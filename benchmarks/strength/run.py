@@ -144,7 +144,9 @@ def protect(cell: Cell, base: Path, folder: Path, preset: str, options: dict[str
     }
     settings = hf_ntp.NTPConfig.from_preset(preset, output_dir=str(folder.parent / "trainer"), **schedule | options)
     seen = None if settings.target_access == "none" else target.owner
-    trainer = hf_ntp.NTPTrainer(model, settings, source.train, seen, source_transform=RandomShift(1))
+    trainer = hf_ntp.NTPTrainer(
+        model, settings, source.train, seen, eval_dataset=source.validation, source_transform=RandomShift(1)
+    )
     # A run that was asked to end has left a checkpoint.
     trainer.train(last_checkpoint(settings.output_dir))
     save(trainer.model, folder)

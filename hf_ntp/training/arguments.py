@@ -240,11 +240,11 @@ class ProtectionArguments:
         },
     )
     source_tolerance: list[float] = field(
-        default_factory=lambda: [0.4, 0.02],
+        default_factory=lambda: [0.3, 0.005],
         metadata={
-            "help": "How much worse than the original the model may get on source batches, in nats, at the first and "
-            "at the last step: beyond it everything aimed at the target gets weaker, and stops at twice as much. "
-            "Empty: no limit."
+            "help": "How many more authorized images than the original the model may classify wrongly, as a share of "
+            "all, at the first and at the last step: beyond it everything aimed at the target gets weaker, and stops "
+            "at twice as many. Judged on eval_dataset, where there is one. Empty: no limit."
         },
     )
     feature_tolerance: list[float] = field(
@@ -354,7 +354,7 @@ class ProtectionArguments:
             raise ValueError(
                 f"attacker_learning_rates are {self.attacker_learning_rates}; needed: at least one positive rate."
             )
-        for name, unit in (("source_tolerance", "nats"), ("feature_tolerance", "relative feature error")):
+        for name, unit in (("source_tolerance", "error rate"), ("feature_tolerance", "relative feature error")):
             tolerance = getattr(self, name)
             if tolerance and (len(tolerance) != 2 or min(tolerance) <= 0):
                 raise ValueError(

@@ -19,6 +19,9 @@ class Protector(Protocol):
     def advance_pruning(self, step: int, max_steps: int) -> None:
         """Do what is due after optimizer step ``step``."""
 
+    def look_at_source(self, step: int) -> None:
+        """See how accurate the model still is after optimizer step ``step``."""
+
     def complete_pruning(self) -> None:
         """Make sure the requested sparsity is reached."""
 
@@ -50,8 +53,9 @@ class PruningCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Advance pruning; ``global_step`` does not count this step yet."""
+        """Advance pruning, then look at the result; ``global_step`` does not count this step yet."""
         self.trainer.advance_pruning(state.global_step + 1, state.max_steps)
+        self.trainer.look_at_source(state.global_step + 1)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,26 @@ def source_domain(
     if num_classes is not None:
         check_same_classes(parts)
     return Joined(parts, labelled=num_classes is not None)
+
+
+def held_out(data: Any, names: Sequence[str], num_classes: int) -> Dataset | None:
+    """Authorized images that are not trained on, of what Trainer has as ``eval_dataset``; None where there are none.
+
+    Args:
+        data: One dataset, or several by name: then the authorized ones alone.
+        names: Names of the authorized domains, where they have some.
+        num_classes: Classes of the head.
+
+    Raises:
+        ValueError: For images or labels that cannot be used.
+    """
+    parts = data if isinstance(data, Mapping) else {"eval_dataset": data}
+    if isinstance(data, Mapping):
+        parts = {name: part for name, part in data.items() if name in names}
+    parts = {name: part for name, part in parts.items() if isinstance(part, Sized)}  # streams cannot be looked up
+    for name, part in parts.items():
+        check_labels(labels_of(part, name), num_classes, name)
+    return Joined(parts, labelled=True) if parts else None
 
 
 def _checked(

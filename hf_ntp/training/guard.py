@@ -8,18 +8,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from ..data import fetch_rows
 from ..functional import FeatureDistance, feature_distance
 from ..models import find_head, frozen_batch_norm_statistics, mask_noise, plain_model, recorded_features
-from .arguments import ProtectionArguments
+from .config import NTPConfig
 from .distributed import average, gather_rows
+from .paired_data import collate, length_of
 
 _MEMORY = 0.9
+_WINDOW = 1280
+"""Images that the running mean of an error rate stands for."""
+_LOOK_EVERY = 8
+"""Optimizer steps between two looks at held-out images: each costs the passes of as many training steps."""
 
 
 class Guard:
@@ -53,21 +61,26 @@ class Guard:
 
 
 class SourceGuard(Guard):
-    """With labels: the excess is cross-entropy beyond that of a frozen copy of the original model, in nats.
+    """With labels: the excess is the error rate beyond that of a frozen copy of the original model, in [-1, 1].
+
+    It is judged on held-out images where there are some. An original that has its training images by heart is hardly
+    ever wrong there, and what was pruned from it is, however well it does on others.
 
     Args:
         model: The model before protection; copied.
-        options: ``source_distillation`` and ``source_tolerance``.
-        device: Where the copy goes.
+        args: ``source_distillation`` and ``source_tolerance``; batch size, seed and processes for the held-out images.
+        held_out: Rows of "pixel_values" and "labels" that no step trains on; None to judge on training batches.
     """
 
-    def __init__(self, model: PreTrainedModel, options: ProtectionArguments, device: torch.device) -> None:
-        super().__init__(options.source_tolerance, device)
-        needed = options.source_distillation or options.source_tolerance
-        self.original = _frozen_copy(model, device) if needed else None
+    def __init__(self, model: PreTrainedModel, args: NTPConfig, held_out: Dataset | None = None) -> None:
+        super().__init__(args.source_tolerance, args.device)
+        needed = args.source_distillation or args.source_tolerance
+        self.original = _frozen_copy(model, args.device) if needed else None
+        self._args = args
+        self._held_out = held_out if args.source_tolerance else None
 
     def compare(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
-        """Note the excess on a source batch, averaged over ranks, and return the distillation loss.
+        """Note the excess on a source batch where no other images are held out, and return the distillation loss.
 
         Args:
             images: Pixel values [N, 3, H, W].
@@ -82,10 +95,45 @@ class SourceGuard(Guard):
             return None
         with torch.no_grad():
             teacher = self.original(pixel_values=images).logits.float()
-            worse = F.cross_entropy(logits.float(), labels) - F.cross_entropy(teacher, labels)
-            self._note(average(worse))
+        if self._held_out is None:
+            worse = _lost(teacher, logits.detach(), labels) / len(labels)
+            self._note_rate(average(worse), len(labels) * self._args.world_size)
         student, teacher = F.log_softmax(logits.float(), -1), F.log_softmax(teacher, -1)
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+    @torch.no_grad()
+    def look(self, model: PreTrainedModel, step: int) -> None:
+        """Note the excess on the next held-out images, if it is time to; all ranks look at a part of them.
+
+        Args:
+            model: The model under protection, unwrapped; as it is when used, in evaluation mode.
+            step: Number of optimizer steps taken, which alone decides what is looked at.
+        """
+        if self._held_out is None or step % _LOOK_EVERY:
+            return
+        assert self.original is not None
+        args, size = self._args, length_of(self._held_out)
+        count = min(size, _LOOK_EVERY * args.per_device_train_batch_size * args.world_size)
+        order = np.random.default_rng(args.seed).permutation(size)
+        rows = order[np.arange(step // _LOOK_EVERY * count, (step // _LOOK_EVERY + 1) * count) % size]
+        rows = rows[args.process_index :: args.world_size].tolist()
+        training = model.training
+        model.eval()
+        lost = torch.zeros((), device=args.device)
+        for start in range(0, len(rows), args.per_device_train_batch_size):
+            batch = collate(fetch_rows(self._held_out, rows[start : start + args.per_device_train_batch_size]))
+            images, labels = batch["pixel_values"].to(args.device), batch["labels"].to(args.device)
+            lost += _lost(self.original(pixel_values=images).logits, model(pixel_values=images).logits, labels)
+        model.train(training)
+        self._note_rate(average(lost) * args.world_size / count, count)
+
+    def _note_rate(self, worse: Tensor, images: int) -> None:
+        self.excess = torch.lerp(self.excess, worse, min(1.0, images / _WINDOW))
+
+
+def _lost(before: Tensor, after: Tensor, labels: Tensor) -> Tensor:
+    """How many more images logits [N, K] classify wrongly ``after`` than ``before``, a scalar."""
+    return (before.argmax(-1) == labels).sum().float() - (after.argmax(-1) == labels).sum()
 
 
 class FeatureGuard(Guard):
@@ -93,14 +141,13 @@ class FeatureGuard(Guard):
 
     Args:
         model: The model before protection; copied.
-        options: ``feature_tolerance`` and ``head_name``.
-        device: Where the copy goes.
+        args: ``feature_tolerance`` and ``head_name``.
     """
 
-    def __init__(self, model: PreTrainedModel, options: ProtectionArguments, device: torch.device) -> None:
-        super().__init__(options.feature_tolerance, device)
-        self.original = _frozen_copy(model, device)
-        self._head = find_head(self.original, options.head_name)[1]
+    def __init__(self, model: PreTrainedModel, args: NTPConfig) -> None:
+        super().__init__(args.feature_tolerance, args.device)
+        self.original = _frozen_copy(model, args.device)
+        self._head = find_head(self.original, args.head_name)[1]
         self._norms = [module for module in self.original.modules() if isinstance(module, _BatchNorm)]
 
     def match(self, images: Tensor, features: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ from .callback import PruningCallback
 from .checkpoint import RunState, check_settings, last_checkpoint, load_state, load_weights_strictly, save_state
 from .config import NTPConfig
 from .distributed import check_processes
-from .domains import Joined, check_task, classifies, shares_of, source_domain, target_domains
+from .domains import Joined, check_task, classifies, held_out, shares_of, source_domain, target_domains
 from .guard import FeatureGuard, ReconstructionGuard, SourceGuard
 from .objective import TargetBatch, target_terms
 from .paired_data import (
@@ -139,7 +139,9 @@ class NTPTrainer(Trainer):
         target_dataset: Unauthorized (target) data, one dataset or several by domain name. Its label set is its own.
             Labels are not looked at with ``target_access="unlabelled"``; None with ``target_access="none"``.
         eval_dataset: Authorized data for evaluation, as Trainer takes it; without a head, the loss is the distance of
-            the features from the original's.
+            the features from the original's. With a head, ``source_tolerance`` is judged on it: pass images that the
+            original was not trained on, and not those of the test. Of several by name, those count that are named
+            like an authorized domain; without any, or with a stream, training batches have to do.
         processing_class: Image processor (PIL backend); needed where a dataset holds images.
         compute_metrics: As in Trainer; accuracy by default, and nothing without a head of classes.
         callbacks: As in Trainer.
@@ -252,8 +254,15 @@ class NTPTrainer(Trainer):
         self._head_name, self._head = head_name, head
         self._pool: AttackerPool | None = None
         # All three are of the model before protection, also where training resumes.
-        unlabelled = ReconstructionGuard if args.source_loss == "reconstruction" else FeatureGuard
-        self._guard = (unlabelled if self._matches_features else SourceGuard)(self.model, args, args.device)
+        self._held_out: Dataset | None = None
+        self._guard: SourceGuard | FeatureGuard
+        if self._matches_features:
+            kind = ReconstructionGuard if args.source_loss == "reconstruction" else FeatureGuard
+            self._guard = kind(self.model, args)
+        else:
+            names = list(train_dataset) if isinstance(train_dataset, Mapping) else []
+            self._held_out = held_out(self.eval_dataset, names, head.out_features) if args.source_tolerance else None
+            self._guard = SourceGuard(self.model, args, self._held_out)
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
         weights = (p for p in self.model.parameters() if p.requires_grad or not self._headless)
@@ -411,6 +420,12 @@ class NTPTrainer(Trainer):
         if self._pool is not None:
             self._restore_lengths()
 
+    def look_at_source(self, step: int) -> None:
+        """After optimizer step ``step``, let the guard see held-out images if it is time to."""
+        if isinstance(self._guard, SourceGuard):
+            with self.compute_loss_context_manager():
+                self._guard.look(self.model, step)
+
     @torch.no_grad()
     def _restore_lengths(self) -> None:
         """Give weights before a BatchNorm the length they began with.
@@ -462,14 +477,20 @@ class NTPTrainer(Trainer):
         share = sum(row["target_strength"] for row in rows) / len(rows) if rows else 1.0
         if share < _HELD_BACK:
             option = "feature_tolerance" if isinstance(self._guard, FeatureGuard) else "source_tolerance"
+            by_heart = (
+                "An original that has memorised those images makes this likely: pass others as eval_dataset"
+                if option == "source_tolerance" and self._held_out is None
+                else "Lower the sparsity"
+            )
             logger.warning(
                 "Everything aimed at the target had %.0f %% of its weight on average (target_strength): on authorized "
-                "training images the model stayed worse than the original by more than %s=%s allows. Expect weak "
-                "protection. An original that has memorised those images makes this likely: raise %s and watch the "
-                "accuracy on other authorized images.",
+                "%s images the model stayed worse than the original by more than %s=%s allows. Expect weak "
+                "protection. %s, or raise %s and watch the accuracy.",
                 100 * share,
+                "training" if self._held_out is None else "evaluation",
                 option,
                 getattr(self.args, option),
+                by_heart,
                 option,
             )
 
@@ -636,6 +657,8 @@ class NTPTrainer(Trainer):
         """What a checkpoint must agree on: configuration, data and architecture."""
         data = {"source": self.train_dataset.source, **self.train_dataset.targets}
         prints = {name: fingerprint_of(part) for name, part in data.items()}
+        if self._held_out is not None:
+            prints["held_out"] = fingerprint_of(self._held_out)
         shapes = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
         return {
             **self.args.fingerprint(),
