@@ -7,7 +7,8 @@ benchmarks/strength/run.py and attacked, on validation data: source accuracy is 
 the target's validation part is halved, one half tunes the attacks and the other scores them. Test data is never looked
 at, so that the strength benchmark stays a measurement. results.json and table.md are rewritten after every run; a run
 whose result is there is not done again until the candidate's options change (after a change of the method, delete its
-entry). Entries whose names are not in CANDIDATES are of options that did not pay and were taken out again.
+entry). Entries whose names are not in CANDIDATES are of options that did not pay and were taken out again. The guard
+looks at the same validation images, so that "after" flatters all candidates alike.
 """
 
 from __future__ import annotations
@@ -42,15 +43,13 @@ ATTACKS = ("dense", "mask_kept", "first_block_reinit")
 SAMPLE_SIZES = (30, 100)
 ATTACK_STEPS = 400
 RATES = {"vit": (3e-4, 1e-3), "resnet": (3e-4, 1e-3, 3e-3)}
-TRACED = ("step", "source_excess", "collapse_loss", "fisher_loss", "attacker_loss")
+TRACED = ("step", "source_excess", "target_strength", "collapse_loss", "fisher_loss", "attacker_loss")
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "early_collapse": {"source_tolerance": [1.0, 0.06], "target_warmup": 0.1, "collapse_weight": 1.0},
-    # A last tolerance that the pruned model cannot reach switches off everything aimed at the target.
-    "looser_guard": {"source_tolerance": [0.4, 0.08]},
-    "medium_guard": {"source_tolerance": [0.4, 0.04]},
-    "medium_guard_masks": {"source_tolerance": [0.4, 0.04], "attacker_keeps_mask": 0.4},
+    "tight_guard": {"source_tolerance": [0.3, 0.0025]},
+    "loose_guard": {"source_tolerance": [0.3, 0.01]},
+    "more_masks": {"attacker_keeps_mask": 0.4},
 }
 """Options on top of the architecture's preset, by name."""
 

@@ -29,7 +29,7 @@ RUNS = {
         tiny_vit(),
         {
             **{**ATTACKERS, "target_weight": 0.3, "prune_pattern": "global", "gradient_checkpointing": True},
-            **{"save_strategy": "steps", "save_steps": 4},
+            **{"save_strategy": "steps", "save_steps": 4, "evaluation": Rows(101, seed=3)},
         },
     ),
     "paper": lambda: (tiny_vit(), {**PRESETS["paper"], "sparsity": 0.6, "target": TWO_TARGETS}),
@@ -54,6 +54,8 @@ def run(name, folder, processes, device="cpu"):
     ours.train()
     moved = {name: parameter.detach() - start[name] for name, parameter in ours.model.named_parameters()}
     state = {"moved": moved, "masks": ours.pruner.stored}
+    if ours._held_out is not None:
+        state["guard"] = {"excess": ours._guard.excess}
     if ours.args.target_weight:
         state |= {f"head {domain}": head.tensors() for domain, head in ours.heads.items()}
     if ours._pool is not None:

@@ -4,16 +4,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hf_ntp import NTPConfig
 from hf_ntp.functional import feature_distance
 from hf_ntp.models import find_head, recorded_features
-from hf_ntp.training.arguments import ProtectionArguments
 from hf_ntp.training.guard import FeatureGuard, SourceGuard
 
 from ..conftest import Rows, tiny_resnet, tiny_vit
 
 
-def guard(**options):
-    return SourceGuard(tiny_vit(), ProtectionArguments(**options), torch.device("cpu"))
+def config(**options):
+    return NTPConfig(output_dir="unused", report_to="none", use_cpu=True, **options)
+
+
+def guard(held_out=None, **options):
+    return SourceGuard(tiny_vit(), config(**options), held_out)
 
 
 def test_the_share_falls_beyond_the_tolerance():
@@ -29,20 +33,85 @@ def test_the_share_falls_beyond_the_tolerance():
 def test_excess_and_divergence_by_hand():
     ours, data = guard(), Rows(size=6)
     logits = tiny_vit().eval()(data.images).logits.detach()
-    assert ours.compare(data.images, logits, data.labels) == pytest.approx(0.0, abs=1e-6)
-    assert float(ours.excess) == pytest.approx(0.0, abs=1e-6)
-    uniform = torch.zeros(6, 3, requires_grad=True)
-    divergence = ours.compare(data.images, uniform, data.labels)
-    teacher = logits.softmax(-1)
+    best = logits.argmax(-1)
+    assert ours.compare(data.images, logits, best) == pytest.approx(0.0, abs=1e-6)
+    assert float(ours.excess) == 0
+    moved = logits.clone()
+    moved[:2] = -moved[:2]  # two of six images are lost: the class they are of is now the least likely
+    moved.requires_grad_()
+    divergence = ours.compare(data.images, moved, best)
+    assert float(ours.excess) == pytest.approx(2 / 6 * 6 / 1280)
+    teacher, student = logits.softmax(-1), moved.detach().softmax(-1)
     assert divergence.item() == pytest.approx(
-        float((teacher * (teacher.log() + math.log(3))).sum(-1).mean()), rel=1e-4
-    )
-    assert float(ours.excess) == pytest.approx(
-        0.1 * (math.log(3) - float(F.cross_entropy(logits, data.labels))), rel=1e-4
+        float((teacher * (teacher.log() - student.log())).sum(-1).mean()), rel=1e-4
     )
     divergence.backward()
-    assert uniform.grad.abs().sum() > 0
+    assert moved.grad.abs().sum() > 0
     assert not any(parameter.requires_grad for parameter in ours.original.parameters())
+
+
+def learn(model, data):
+    """Until it knows the images by heart."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(data.images).logits, data.labels).backward()
+        optimizer.step()
+
+
+class Seen(Rows):
+    """Remembers the rows that were asked for."""
+
+    def __getitem__(self, index):
+        self.asked = [*getattr(self, "asked", []), index]
+        return super().__getitem__(index)
+
+
+def test_held_out_images_by_hand():
+    """Every eighth step, as many images as eight steps train on, in turn; batches of training do not count."""
+    data = Seen(size=40)
+    original, worse = tiny_vit(), tiny_vit().eval()
+    learn(original, data)
+    data.labels = original.eval()(data.images).logits.argmax(-1)
+    ours = SourceGuard(original, config(per_device_train_batch_size=3), data)
+    ours.compare(data.images, -original(data.images).logits, data.labels)
+    ours.look(worse, 7)
+    assert float(ours.excess) == 0
+    assert not hasattr(data, "asked")
+    lost = (worse(data.images).logits.argmax(-1) != data.labels).float()
+    expected, asked = 0.0, []
+    for step in (8, 16, 24, 32, 40):
+        data.asked = []
+        ours.look(worse, step)
+        expected += 24 / 1280 * (float(lost[data.asked].mean()) - expected)
+        assert float(ours.excess) == pytest.approx(expected, rel=1e-5)
+        asked += data.asked
+    assert 0 < float(lost.mean()) < 1
+    assert sorted(asked) == sorted(3 * list(range(40)))
+
+
+def test_all_of_few_images_are_looked_at():
+    """The original's own accuracy is no excess, and better than the original is below zero."""
+    data, model = Rows(size=20), tiny_vit()
+    ours = guard(data)
+    ours.look(model, 8)
+    assert float(ours.excess) == 0
+    right = (model.eval()(data.images).logits.argmax(-1) == data.labels).float().mean()
+    learn(model, data)
+    ours.look(model, 16)
+    gained = (model.eval()(data.images).logits.argmax(-1) == data.labels).float().mean() - right
+    assert gained > 0.3
+    assert float(ours.excess) == pytest.approx(-20 / 1280 * float(gained), rel=1e-4)
+
+
+def test_a_look_leaves_the_model_as_it_was():
+    model = tiny_resnet().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ours = SourceGuard(model, config(), Rows())
+    ours.look(model, 8)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_nothing_is_copied_when_nothing_needs_it():
@@ -59,7 +128,7 @@ def features(model, images):
 
 
 def test_matching_features_by_hand():
-    ours, data = FeatureGuard(tiny_vit(), ProtectionArguments(), torch.device("cpu")), Rows(size=6)
+    ours, data = FeatureGuard(tiny_vit(), config()), Rows(size=6)
     original = features(tiny_vit().eval(), data.images).detach()
     assert ours.match(data.images, original) == pytest.approx(0.0, abs=1e-6)
     assert float(ours.excess) == pytest.approx(0.0, abs=1e-6)
@@ -76,7 +145,7 @@ def test_matching_features_by_hand():
 def test_batch_norm_is_the_same_on_both_sides():
     """While training, with the batch; in evaluation, with running statistics, which stay as they are."""
     model, data = tiny_resnet().train(), Rows(size=12)
-    ours = FeatureGuard(model, ProtectionArguments(), torch.device("cpu"))
+    ours = FeatureGuard(model, config())
     before = {name: buffer.clone() for name, buffer in ours.original.named_buffers()}
     assert ours.match(data.images, features(model, data.images)).item() == pytest.approx(0.0, abs=1e-5)
     assert all(torch.equal(buffer, before[name]) for name, buffer in ours.original.named_buffers())
@@ -85,8 +154,8 @@ def test_batch_norm_is_the_same_on_both_sides():
 
 
 def test_the_limit_of_features_is_their_own():
-    ours = FeatureGuard(tiny_vit(), ProtectionArguments(feature_tolerance=[0.4, 0.1]), torch.device("cpu"))
+    ours = FeatureGuard(tiny_vit(), config(feature_tolerance=[0.4, 0.1]))
     ours.excess = torch.tensor(0.6)
     assert ours.share(0) == pytest.approx(0.5)
-    free = FeatureGuard(tiny_vit(), ProtectionArguments(feature_tolerance=[]), torch.device("cpu"))
+    free = FeatureGuard(tiny_vit(), config(feature_tolerance=[]))
     assert free.share(0) == 1.0

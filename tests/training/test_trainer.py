@@ -1,6 +1,8 @@
 import json
 import math
+import re
 
+import datasets
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -13,6 +15,7 @@ from hf_ntp.models import scale_free_weights, zero_fraction
 from hf_ntp.training.guard import SourceGuard
 
 from ..conftest import Rows, tiny_resnet, tiny_vit
+from .test_guard import learn
 
 NOTHING = object()  # stands for no target data at all
 # What is not in it is the source loss and ADMM alone.
@@ -119,26 +122,52 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize(("tolerance", "held_back"), [([1e-6, 1e-6], True), ([9.0, 9.0], False), ([], False)])
-def test_a_guard_that_switches_protection_off_says_so(tmp_path, caplog, tolerance, held_back):
-    model, data = tiny_vit(), Rows()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(60):  # until it knows its images by heart
-        optimizer.zero_grad()
-        F.cross_entropy(model(data.images).logits, data.labels).backward()
-        optimizer.step()
-    ours = trainer(tmp_path, model, max_steps=20, learning_rate=0.01, target_warmup=0.1, source_tolerance=tolerance)
+@pytest.mark.parametrize(
+    ("tolerance", "evaluation", "warning"),
+    [
+        ([1e-6, 1e-6], None, "on authorized training images .* source_tolerance=.* pass others as eval_dataset"),
+        ([1e-6, 1e-6], Rows(), "on authorized evaluation images .* source_tolerance=.* Lower the sparsity"),
+        ([0.9, 0.9], Rows(), None),
+        ([], None, None),
+    ],
+)
+def test_a_guard_that_switches_protection_off_says_so(tmp_path, caplog, tolerance, evaluation, warning):
+    model = tiny_vit()
+    learn(model, Rows())
+    options = {"max_steps": 80, "learning_rate": 0.02, "target_warmup": 0.1, "rho": 1.0, "sparsity": 0.95}
+    ours = trainer(tmp_path, model, evaluation=evaluation, source_tolerance=tolerance, **options)
     ours.train()
-    warned = "Everything aimed at the target had" in caplog.text
-    assert warned == held_back
-    assert (f"source_tolerance={tolerance} allows" in caplog.text) == held_back
-    shares = [row["target_strength"] for row in ours.state.log_history if "target_strength" in row][1:]
-    assert max(shares) < 0.1 if held_back else min(shares) == 1
+    found = [record.getMessage() for record in caplog.records if "Everything aimed at" in record.getMessage()]
+    assert bool(found) == bool(warning)
+    assert warning is None or re.search(warning, found[0])
+    shares = [row["target_strength"] for row in ours.state.log_history if "target_strength" in row][3:]
+    assert sum(shares) / len(shares) < 0.1 if warning else min(shares) == 1
+
+
+def test_only_authorized_evaluation_data_count(tmp_path):
+    """Of several by name, those of the authorized domains; no stream, and nothing where there is no limit."""
+    one, other = Rows(size=9), Rows(size=7, seed=2)
+    source = {"one": Rows(), "two": Rows(seed=5)}
+    evaluation = {"one": one, "unauthorized": other}
+    assert trainer(tmp_path, source=source, evaluation=evaluation)._held_out.labels.tolist() == one.labels.tolist()
+    assert trainer(tmp_path, evaluation=evaluation)._held_out is None
+    assert trainer(tmp_path, evaluation=one, source_tolerance=[])._held_out is None
+    stream = datasets.IterableDataset.from_generator(lambda: iter(one))
+    assert trainer(tmp_path, evaluation=stream)._held_out is None
+    with pytest.raises(ValueError, match="eval_dataset.*3"):
+        trainer(tmp_path, evaluation=Rows(classes=5))
+
+
+def test_a_checkpoint_of_other_evaluation_data_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 6}
+    trainer(tmp_path, evaluation=Rows(size=9), **options).train()
+    with pytest.raises(ValueError, match=r"data: .*9 rows.*there"):
+        trainer(tmp_path, evaluation=Rows(size=8), **options).train(resume_from_checkpoint=True)
 
 
 def test_target_terms_rise_over_the_warm_up(tmp_path):
     ours = trainer(tmp_path, max_steps=20, target_warmup=0.5, source_tolerance=[])
-    ours._guard = SourceGuard(ours.model, ours.args, "cpu")
+    ours._guard = SourceGuard(ours.model, ours.args)
     ours.state.max_steps = 20
     strengths = []
     for ours.state.global_step in (0, 4, 9, 15):
@@ -259,8 +288,9 @@ def test_training_that_stops_early_still_prunes_exactly(tmp_path):
         (lambda: tiny_vit(dropout=0.1), {}),
         (lambda: tiny_vit(dropout=0.1), {"gradient_accumulation_steps": 2, "bf16": True, "dataloader_num_workers": 1}),
         (tiny_resnet, {"prune_pattern": "l1", "fisher_level": "pooled"}),
+        (tiny_resnet, {"evaluation": Rows(101, seed=3), "source_tolerance": [1e-6, 1e-6], "rho": 1.0}),
     ],
-    ids=["vit", "vit-accumulated-bf16-worker", "resnet-l1"],
+    ids=["vit", "vit-accumulated-bf16-worker", "resnet-l1", "resnet-held-out"],
 )
 @pytest.mark.parametrize("interrupted_at", [5, 10])
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, make, options, interrupted_at):
