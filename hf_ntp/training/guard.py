@@ -38,6 +38,9 @@ class Guard:
         device: Where the mean is kept.
     """
 
+    held_out: Dataset | None = None
+    """Images that it looks at, where those are not the training batches."""
+
     def __init__(self, tolerance: Sequence[float], device: torch.device) -> None:
         self.tolerance = tolerance
         self.excess = torch.zeros((), device=device)
@@ -76,8 +79,7 @@ class SourceGuard(Guard):
         super().__init__(args.source_tolerance, args.device)
         needed = args.source_distillation or args.source_tolerance
         self.original = _frozen_copy(model, args.device) if needed else None
-        self._args = args
-        self._held_out = held_out if args.source_tolerance else None
+        self._args, self.held_out = args, held_out
 
     def compare(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
         """Note the excess on a source batch where no other images are held out, and return the distillation loss.
@@ -95,7 +97,7 @@ class SourceGuard(Guard):
             return None
         with torch.no_grad():
             teacher = self.original(pixel_values=images).logits.float()
-        if self._held_out is None:
+        if self.held_out is None:
             worse = _lost(teacher, logits.detach(), labels) / len(labels)
             self._note_rate(average(worse), len(labels) * self._args.world_size)
         student, teacher = F.log_softmax(logits.float(), -1), F.log_softmax(teacher, -1)
@@ -109,10 +111,10 @@ class SourceGuard(Guard):
             model: The model under protection, unwrapped; as it is when used, in evaluation mode.
             step: Number of optimizer steps taken, which alone decides what is looked at.
         """
-        if self._held_out is None or step % _LOOK_EVERY:
+        if self.held_out is None or step % _LOOK_EVERY:
             return
         assert self.original is not None
-        args, size = self._args, length_of(self._held_out)
+        args, size = self._args, length_of(self.held_out)
         count = min(size, _LOOK_EVERY * args.per_device_train_batch_size * args.world_size)
         order = np.random.default_rng(args.seed).permutation(size)
         rows = order[np.arange(step // _LOOK_EVERY * count, (step // _LOOK_EVERY + 1) * count) % size]
@@ -121,7 +123,7 @@ class SourceGuard(Guard):
         model.eval()
         lost = torch.zeros((), device=args.device)
         for start in range(0, len(rows), args.per_device_train_batch_size):
-            batch = collate(fetch_rows(self._held_out, rows[start : start + args.per_device_train_batch_size]))
+            batch = collate(fetch_rows(self.held_out, rows[start : start + args.per_device_train_batch_size]))
             images, labels = batch["pixel_values"].to(args.device), batch["labels"].to(args.device)
             lost += _lost(self.original(pixel_values=images).logits, model(pixel_values=images).logits, labels)
         model.train(training)

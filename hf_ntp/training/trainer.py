@@ -254,15 +254,14 @@ class NTPTrainer(Trainer):
         self._head_name, self._head = head_name, head
         self._pool: AttackerPool | None = None
         # All three are of the model before protection, also where training resumes.
-        self._held_out: Dataset | None = None
         self._guard: SourceGuard | FeatureGuard
         if self._matches_features:
             kind = ReconstructionGuard if args.source_loss == "reconstruction" else FeatureGuard
             self._guard = kind(self.model, args)
         else:
             names = list(train_dataset) if isinstance(train_dataset, Mapping) else []
-            self._held_out = held_out(self.eval_dataset, names, head.out_features) if args.source_tolerance else None
-            self._guard = SourceGuard(self.model, args, self._held_out)
+            others = held_out(self.eval_dataset, names, head.out_features) if args.source_tolerance else None
+            self._guard = SourceGuard(self.model, args, others)
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
         weights = (p for p in self.model.parameters() if p.requires_grad or not self._headless)
@@ -479,7 +478,7 @@ class NTPTrainer(Trainer):
             option = "feature_tolerance" if isinstance(self._guard, FeatureGuard) else "source_tolerance"
             by_heart = (
                 "An original that has memorised those images makes this likely: pass others as eval_dataset"
-                if option == "source_tolerance" and self._held_out is None
+                if option == "source_tolerance" and self._guard.held_out is None
                 else "Lower the sparsity"
             )
             logger.warning(
@@ -487,7 +486,7 @@ class NTPTrainer(Trainer):
                 "%s images the model stayed worse than the original by more than %s=%s allows. Expect weak "
                 "protection. %s, or raise %s and watch the accuracy.",
                 100 * share,
-                "training" if self._held_out is None else "evaluation",
+                "training" if self._guard.held_out is None else "evaluation",
                 option,
                 getattr(self.args, option),
                 by_heart,
@@ -657,8 +656,8 @@ class NTPTrainer(Trainer):
         """What a checkpoint must agree on: configuration, data and architecture."""
         data = {"source": self.train_dataset.source, **self.train_dataset.targets}
         prints = {name: fingerprint_of(part) for name, part in data.items()}
-        if self._held_out is not None:
-            prints["held_out"] = fingerprint_of(self._held_out)
+        if self._guard.held_out is not None:
+            prints["held_out"] = fingerprint_of(self._guard.held_out)
         shapes = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
         return {
             **self.args.fingerprint(),

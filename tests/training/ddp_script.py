@@ -54,7 +54,7 @@ def run(name, folder, processes, device="cpu"):
     ours.train()
     moved = {name: parameter.detach() - start[name] for name, parameter in ours.model.named_parameters()}
     state = {"moved": moved, "masks": ours.pruner.stored}
-    if ours._held_out is not None:
+    if ours._guard.held_out is not None:
         state["guard"] = {"excess": ours._guard.excess}
     if ours.args.target_weight:
         state |= {f"head {domain}": head.tensors() for domain, head in ours.heads.items()}

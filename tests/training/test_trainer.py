@@ -149,12 +149,14 @@ def test_only_authorized_evaluation_data_count(tmp_path):
     one, other = Rows(size=9), Rows(size=7, seed=2)
     source = {"one": Rows(), "two": Rows(seed=5)}
     evaluation = {"one": one, "unauthorized": other}
-    assert trainer(tmp_path, source=source, evaluation=evaluation)._held_out.labels.tolist() == one.labels.tolist()
-    assert trainer(tmp_path, evaluation=evaluation)._held_out is None
-    assert trainer(tmp_path, evaluation=one, source_tolerance=[])._held_out is None
+    assert (
+        trainer(tmp_path, source=source, evaluation=evaluation)._guard.held_out.labels.tolist() == one.labels.tolist()
+    )
+    assert trainer(tmp_path, evaluation=evaluation)._guard.held_out is None
+    assert trainer(tmp_path, evaluation=one, source_tolerance=[])._guard.held_out is None
     stream = datasets.IterableDataset.from_generator(lambda: iter(one))
-    assert trainer(tmp_path, evaluation=stream)._held_out is None
-    with pytest.raises(ValueError, match="eval_dataset.*3"):
+    assert trainer(tmp_path, evaluation=stream)._guard.held_out is None
+    with pytest.raises(ValueError, match=r"eval_dataset.*3"):
         trainer(tmp_path, evaluation=Rows(classes=5))
 
 
