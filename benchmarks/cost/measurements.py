@@ -135,7 +135,7 @@ def make_trainer(
     # ADMM all the way: after the mask is fixed, steps are cheaper.
     method = {"pruning_end": 1.0, **method}
     config = hf_ntp.NTPConfig(per_device_train_batch_size=images // 2, **options, **method)
-    return hf_ntp.NTPTrainer(model, config, data, RandomImages(size))
+    return hf_ntp.NTPTrainer(model, config, data, RandomImages(size), eval_dataset=RandomImages(size))
 
 
 class StepTimes(TrainerCallback):
@@ -422,7 +422,9 @@ def protect() -> dict[str, Any]:
                 logging_steps=500, **schedule,
             )  # fmt: skip
             model = ViTForImageClassification.from_pretrained(folder / "unprotected")
-            trainer = hf_ntp.NTPTrainer(model, settings, source.train, target.owner, source_transform=RandomShift(1))
+            trainer = hf_ntp.NTPTrainer(
+                model, settings, source.train, target.owner, source.validation, source_transform=RandomShift(1)
+            )
             seconds: dict[str, float] = {}
             with timed(seconds, "seconds"):
                 trainer.train()
