@@ -284,13 +284,22 @@ def test_training_that_stops_early_still_prunes_exactly(tmp_path):
     assert zero_fraction(list(ours.prunable.values())) == pytest.approx(0.6, abs=1e-3)
 
 
+def learned_resnet():
+    model = tiny_resnet()
+    learn(model, Rows())
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "options"),
     [
         (lambda: tiny_vit(dropout=0.1), {}),
         (lambda: tiny_vit(dropout=0.1), {"gradient_accumulation_steps": 2, "bf16": True, "dataloader_num_workers": 1}),
         (tiny_resnet, {"prune_pattern": "l1", "fisher_level": "pooled"}),
-        (tiny_resnet, {"evaluation": Rows(101, seed=3), "source_tolerance": [1e-6, 1e-6], "rho": 1.0}),
+        (
+            learned_resnet,
+            {"evaluation": Rows(101, seed=3), "source_tolerance": [1e-6, 1e-6], "sparsity": 0.9, "rho": 1.0},
+        ),
     ],
     ids=["vit", "vit-accumulated-bf16-worker", "resnet-l1", "resnet-held-out"],
 )
