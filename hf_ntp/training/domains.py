@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data import Neighbourhood, check_labels, fetch_rows, fingerprint_of
 from .paired_data import ImageData, as_pixels, check_images, labels_of, length_of
+
+logger = logging.getLogger(__name__)
 
 NEIGHBOURHOOD = "neighbourhood"
 SOURCE = "train_dataset"
@@ -77,7 +80,7 @@ def source_domain(
 
 
 def held_out(data: Any, names: Sequence[str], num_classes: int) -> Dataset | None:
-    """Authorized images that are not trained on, of what Trainer has as ``eval_dataset``; None where there are none.
+    """Authorized images that are not trained on, of what Trainer has as ``eval_dataset``; None, and a warning, if none.
 
     Args:
         data: One dataset, or several by name: then the authorized ones alone.
@@ -87,10 +90,16 @@ def held_out(data: Any, names: Sequence[str], num_classes: int) -> Dataset | Non
     Raises:
         ValueError: For images or labels that cannot be used.
     """
-    parts = data if isinstance(data, Mapping) else {"eval_dataset": data}
-    if isinstance(data, Mapping):
-        parts = {name: part for name, part in data.items() if name in names}
-    parts = {name: part for name, part in parts.items() if isinstance(part, Sized)}  # streams cannot be looked up
+    several = data if isinstance(data, Mapping) else {}
+    parts = {name: part for name, part in several.items() if name in names} if several else {"eval_dataset": data}
+    parts = {name: part for name, part in parts.items() if isinstance(part, Sized)}
+    if not parts:
+        logger.warning(
+            "source_tolerance is judged on training images, which the model may know by heart: eval_dataset is %s. "
+            "Better: other authorized images, as a map-style dataset%s.",
+            f"one of {', '.join(map(repr, several))}" if several else type(data).__name__,
+            " by the name of their domain" if several else "",
+        )
     for name, part in parts.items():
         check_labels(labels_of(part, name), num_classes, name)
     return Joined(parts, labelled=True) if parts else None

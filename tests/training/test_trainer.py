@@ -144,7 +144,7 @@ def test_a_guard_that_switches_protection_off_says_so(tmp_path, caplog, toleranc
     assert sum(shares) / len(shares) < 0.1 if warning else min(shares) == 1
 
 
-def test_only_authorized_evaluation_data_count(tmp_path):
+def test_only_authorized_evaluation_data_count(tmp_path, caplog):
     """Of several by name, those of the authorized domains; no stream, and nothing where there is no limit."""
     one, other = Rows(size=9), Rows(size=7, seed=2)
     source = {"one": Rows(), "two": Rows(seed=5)}
@@ -152,8 +152,10 @@ def test_only_authorized_evaluation_data_count(tmp_path):
     assert (
         trainer(tmp_path, source=source, evaluation=evaluation)._guard.held_out.labels.tolist() == one.labels.tolist()
     )
-    assert trainer(tmp_path, evaluation=evaluation)._guard.held_out is None
     assert trainer(tmp_path, evaluation=one, source_tolerance=[])._guard.held_out is None
+    assert "judged on training images" not in caplog.text
+    assert trainer(tmp_path, evaluation=evaluation)._guard.held_out is None
+    assert "eval_dataset is one of 'one', 'unauthorized'. Better" in caplog.text
     stream = datasets.IterableDataset.from_generator(lambda: iter(one))
     assert trainer(tmp_path, evaluation=stream)._guard.held_out is None
     with pytest.raises(ValueError, match=r"eval_dataset.*3"):
