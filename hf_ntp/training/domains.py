@@ -80,7 +80,7 @@ def source_domain(
 
 
 def held_out(data: Any, names: Sequence[str], num_classes: int) -> Dataset | None:
-    """Authorized images that are not trained on, of what Trainer has as ``eval_dataset``; None, and a warning, if none.
+    """Authorized images that are not trained on, of what Trainer has as ``eval_dataset``; with a warning, None.
 
     Args:
         data: One dataset, or several by name: then the authorized ones alone.
