@@ -309,10 +309,12 @@ class NTPTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         logits, features, tokens, targets = self._forward(model, inputs)
         loss, terms = self._source_terms(inputs, logits, features)
+        strength = self._strength()
+        if targets or self._pool is not None:
+            terms["target_strength"] = torch.as_tensor(strength, device=loss.device)
         if targets:
             target_loss, of_targets = target_terms(targets, tokens, self.heads, self.args, self._target_shares)
-            strength = self._strength()
-            terms |= {**of_targets, "target_strength": torch.as_tensor(strength, device=loss.device)}
+            terms |= of_targets
             loss = loss + strength * target_loss
         self._terms.add({"loss": loss, **terms})
         return (loss, {"logits": logits}) if return_outputs else loss

@@ -144,6 +144,16 @@ def test_a_guard_that_switches_protection_off_says_so(tmp_path, caplog, toleranc
     assert sum(shares) / len(shares) < 0.1 if warning else min(shares) == 1
 
 
+def test_strength_is_logged_where_attackers_are_all_there_is(tmp_path):
+    ours = trainer(tmp_path, **{**NO_TARGET, "attackers": 2, "target_warmup": 0.5, "source_tolerance": []})
+    ours.train()
+    shares = [row["target_strength"] for row in ours.state.log_history if "loss" in row]
+    assert shares == pytest.approx([2 / 6, 5 / 6, 1, 1])
+    alone = trainer(tmp_path / "alone", **NO_TARGET)
+    alone.train()
+    assert not any("target_strength" in row for row in alone.state.log_history)
+
+
 def test_only_authorized_evaluation_data_count(tmp_path, caplog):
     """Of several by name, those of the authorized domains; no stream, and nothing where there is no limit."""
     one, other = Rows(size=9), Rows(size=7, seed=2)
