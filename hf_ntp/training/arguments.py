@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attacker_batch_size": 32,
         "attacker_learning_rates": [1e-3, 3e-3, 1e-2],
         "attacker_horizon": [10, 150],
+        "source_tolerance": [0.3, 0.0025],
         "collapse_weight": 0.0,
         "fisher_weight": 0.0,
     },
