@@ -48,8 +48,7 @@ TRACED = ("step", "source_excess", "target_strength", "collapse_loss", "fisher_l
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "tight_guard": {"source_tolerance": [0.3, 0.0025]},
-    "loose_guard": {"source_tolerance": [0.3, 0.01]},
+    "loose_guard": {"source_tolerance": [0.3, 0.005]},
     "more_masks": {"attacker_keeps_mask": 0.4},
 }
 """Options on top of the architecture's preset, by name."""

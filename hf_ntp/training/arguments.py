@@ -47,7 +47,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attacker_batch_size": 32,
         "attacker_learning_rates": [1e-3, 3e-3, 1e-2],
         "attacker_horizon": [10, 150],
-        "source_tolerance": [0.3, 0.0025],
         "collapse_weight": 0.0,
         "fisher_weight": 0.0,
     },
@@ -240,7 +239,7 @@ class ProtectionArguments:
         },
     )
     source_tolerance: list[float] = field(
-        default_factory=lambda: [0.3, 0.005],
+        default_factory=lambda: [0.3, 0.001],
         metadata={
             "help": "How many more authorized images than the original the model may classify wrongly, as a share of "
             "all, at the first and at the last step: beyond it everything aimed at the target gets weaker, and stops "
