@@ -23,7 +23,8 @@ from .config import NTPConfig
 from .distributed import average, gather_rows
 from .paired_data import collate, length_of
 
-_MEMORY = 0.9
+_FEATURE_SHARE = 0.1
+"""Of a batch in the running mean of a distance of features."""
 _WINDOW = 1280
 """Images that the running mean of an error rate stands for."""
 _LOOK_EVERY = 8
@@ -59,8 +60,9 @@ class Guard:
         first, last = self.tolerance
         return (2 - self.excess / (first * (last / first) ** progress)).clamp(0, 1)
 
-    def _note(self, worse: Tensor) -> None:
-        self.excess = torch.lerp(worse, self.excess, _MEMORY)
+    def _note(self, worse: Tensor, share: float) -> None:
+        """Let ``worse``, a scalar alike on all ranks, have a share in the running mean."""
+        self.excess = torch.lerp(self.excess, worse, share)
 
 
 class SourceGuard(Guard):
@@ -99,7 +101,7 @@ class SourceGuard(Guard):
             teacher = self.original(pixel_values=images).logits.float()
         if self.held_out is None:
             worse = _lost(teacher, logits.detach(), labels) / len(labels)
-            self._note_rate(average(worse), len(labels) * self._args.world_size)
+            self._note(average(worse), _share_of(len(labels) * self._args.world_size))
         student, teacher = F.log_softmax(logits.float(), -1), F.log_softmax(teacher, -1)
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
@@ -127,10 +129,12 @@ class SourceGuard(Guard):
             images, labels = batch["pixel_values"].to(args.device), batch["labels"].to(args.device)
             lost += _lost(self.original(pixel_values=images).logits, model(pixel_values=images).logits, labels)
         model.train(training)
-        self._note_rate(average(lost) * args.world_size / count, count)
+        self._note(average(lost) * args.world_size / count, _share_of(count))
 
-    def _note_rate(self, worse: Tensor, images: int) -> None:
-        self.excess = torch.lerp(self.excess, worse, min(1.0, images / _WINDOW))
+
+def _share_of(images: int) -> float:
+    """Share of so many images in the running mean of an error rate."""
+    return min(1.0, images / _WINDOW)
 
 
 def _lost(before: Tensor, after: Tensor, labels: Tensor) -> Tensor:
@@ -163,7 +167,7 @@ class FeatureGuard(Guard):
             Cosine distance plus relative error, a scalar: 0 for equal features, about 2 where nothing is left.
         """
         distance = self.distance(images, features, batch_statistics=True)
-        self._note(distance.relative_error.detach())
+        self._note(distance.relative_error.detach(), _FEATURE_SHARE)
         return distance.sum()
 
     def distance(self, images: Tensor, features: Tensor, batch_statistics: bool = False) -> FeatureDistance:
@@ -204,7 +208,7 @@ class ReconstructionGuard(FeatureGuard):
         with torch.no_grad():
             reference = original(pixel_values=images, noise=noise).loss
         ratio = encoder(pixel_values=images, noise=noise).loss / reference
-        self._note(average(ratio.detach() - 1))
+        self._note(average(ratio.detach() - 1), _FEATURE_SHARE)
         return ratio
 
 

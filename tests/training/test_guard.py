@@ -1,13 +1,12 @@
 import pytest
 import torch
-from torch.nn import functional as F
 
 from hf_ntp import NTPConfig
 from hf_ntp.functional import feature_distance
 from hf_ntp.models import find_head, recorded_features
 from hf_ntp.training.guard import FeatureGuard, SourceGuard
 
-from ..conftest import Rows, tiny_resnet, tiny_vit
+from ..conftest import Rows, learn, tiny_resnet, tiny_vit
 
 
 def config(**options):
@@ -46,15 +45,6 @@ def test_excess_and_divergence_by_hand():
     divergence.backward()
     assert moved.grad.abs().sum() > 0
     assert not any(parameter.requires_grad for parameter in ours.original.parameters())
-
-
-def learn(model, data):
-    """Until it knows the images by heart."""
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        F.cross_entropy(model(data.images).logits, data.labels).backward()
-        optimizer.step()
 
 
 class Seen(Rows):

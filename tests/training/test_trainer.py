@@ -14,8 +14,7 @@ from hf_ntp.functional import uniform_cross_entropy, whitened_discriminant
 from hf_ntp.models import scale_free_weights, zero_fraction
 from hf_ntp.training.guard import SourceGuard
 
-from ..conftest import Rows, tiny_resnet, tiny_vit
-from .test_guard import learn
+from ..conftest import Rows, learn, tiny_resnet, tiny_vit
 
 NOTHING = object()  # stands for no target data at all
 # What is not in it is the source loss and ADMM alone.
@@ -125,8 +124,8 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path):
 @pytest.mark.parametrize(
     ("tolerance", "evaluation", "warning"),
     [
-        ([1e-6, 1e-6], None, "on authorized training images .* source_tolerance=.* pass others as eval_dataset"),
-        ([1e-6, 1e-6], Rows(), "on authorized evaluation images .* source_tolerance=.* Lower the sparsity"),
+        ([1e-6, 1e-6], None, "on authorized training images .* pass others as eval_dataset"),
+        ([1e-6, 1e-6], Rows(), "on authorized evaluation images .* Lower the sparsity"),
         ([0.9, 0.9], Rows(), None),
         ([], None, None),
     ],
@@ -140,8 +139,10 @@ def test_a_guard_that_switches_protection_off_says_so(tmp_path, caplog, toleranc
     found = [record.getMessage() for record in caplog.records if "Everything aimed at" in record.getMessage()]
     assert bool(found) == bool(warning)
     assert warning is None or re.search(warning, found[0])
+    assert (f"source_tolerance={tolerance} allows" in caplog.text) == bool(warning)
     shares = [row["target_strength"] for row in ours.state.log_history if "target_strength" in row][3:]
-    assert sum(shares) / len(shares) < 0.1 if warning else min(shares) == 1
+    # It takes some steps until an image is lost.
+    assert max(shares[len(shares) // 2 :]) < 0.1 if warning else min(shares) == 1
 
 
 def test_strength_is_logged_where_attackers_are_all_there_is(tmp_path):
