@@ -43,6 +43,7 @@ paper.addEventListener("pointerup", finish);
 paper.addEventListener("pointercancel", finish);
 document.addEventListener("ntp-picked", wipe);
 element.querySelector("button").addEventListener("click", () => { wipe(); trigger("input", { drawing: null }); });
+element.dataset.ready = "";
 """
 
 _PICK = """
@@ -55,6 +56,7 @@ element.addEventListener("click", (event) => {
   // On a phone the answers are above the examples, out of sight.
   document.getElementById("message").scrollIntoView({ block: "nearest" });
 });
+element.dataset.ready = "";
 """
 
 

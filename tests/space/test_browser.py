@@ -26,6 +26,9 @@ class Visit:
         self.page.on("response", lambda r: self.troubles.append(f"{r.status} {r.url}") if r.status >= 400 else None)
         self.page.goto(url)
         self.page.get_by_role("tab", name="Try it").wait_for()
+        # A stroke or a click before its script has run would be lost.
+        for widget in ("sketch", "examples-authorized", "examples-unauthorized"):
+            self.page.locator(f"#{widget} [data-ready]").wait_for()
 
     @staticmethod
     def _own(address, url):
@@ -76,12 +79,13 @@ def visit(browser, url):
 
 
 def draw(visit):
-    box = visit.page.locator("#sketch canvas").bounding_box()
-    mouse = visit.page.mouse
-    mouse.move(box["x"] + 100, box["y"] + 60)
-    mouse.down()
-    mouse.move(box["x"] + 150, box["y"] + 200, steps=5)
-    mouse.up()
+    paper = visit.page.locator("#sketch canvas")
+    # Unlike coordinates read once, hover() waits until the paper has stopped moving.
+    paper.hover(position={"x": 100, "y": 60})
+    visit.page.mouse.down()
+    paper.hover(position={"x": 125, "y": 130})
+    paper.hover(position={"x": 150, "y": 200})
+    visit.page.mouse.up()
 
 
 def test_draw_and_clear(visit):
