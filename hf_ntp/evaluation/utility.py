@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from sklearn.model_selection import KFold, cross_val_score
 from transformers import PreTrainedModel
 
 from ..attacks.features import features_and_logits
 from ..attacks.probes import KINDS
 from ..data import PixelDataset
 
-_VALIDATION_SHARE = 0.2
+_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -33,31 +34,29 @@ class SourceUtility:
 def source_utility(model: PreTrainedModel, train: PixelDataset, test: PixelDataset, seed: int = 0) -> FeatureAccuracy:
     """Fit a linear probe and k nearest neighbours to the pooled features of an encoder, and test them.
 
-    Regularisation and number of neighbours are chosen on a fifth of ``train``; the final fit is on all of it.
+    Regularisation and number of neighbours are chosen by five-fold cross-validation on ``train``; the final fit is on
+    all of it.
 
     Args:
         model: Any model that :func:`~hf_ntp.models.load_model` gives; stays as it is.
         train: Labelled authorized images.
         test: Authorized test split.
-        seed: Of the choice of that fifth.
+        seed: Of the folds.
 
     Raises:
         ValueError: If images have no labels.
     """
     features, labels = _features(model, train, "train")
     test_features, test_labels = _features(model, test, "test")
-    order = np.random.default_rng(seed).permutation(len(labels))
-    held, fitted = np.split(order, [max(1, round(_VALIDATION_SHARE * len(order)))])
+    folds = KFold(min(_FOLDS, len(labels)), shuffle=True, random_state=seed)
+    # There can be no more neighbours than images that a fold is fitted to.
+    smallest = features[: len(labels) - -(-len(labels) // folds.n_splits)]
     scores = {}
     for name in ("linear", "knn"):
         kind = KINDS[name]
         chosen = max(
             sorted(kind.grid),
-            key=lambda value: (
-                kind.build(value, features[fitted])
-                .fit(features[fitted], labels[fitted])
-                .score(features[held], labels[held])
-            ),
+            key=lambda value: cross_val_score(kind.build(value, smallest), features, labels, cv=folds).mean(),
         )
         scores[name] = float(kind.build(chosen, features).fit(features, labels).score(test_features, test_labels))
     return FeatureAccuracy(scores["linear"], scores["knn"])

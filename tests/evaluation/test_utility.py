@@ -1,4 +1,10 @@
 import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from transformers import ViTModel
 
 from hf_ntp import FineTuneProtocol, measure_protection
@@ -34,6 +40,33 @@ def test_probes_find_what_the_features_show(encoders):
     assert found.linear_probe > 0.8
     assert found.knn > 0.8
     assert found == source_utility(load_model(encoders[0]), pixels(60, 0), pixels(30, 1))
+
+
+def test_the_choice_is_that_of_a_grid_search(encoders, attack):
+    """On labels that are partly wrong, where it matters how much a probe is regularised."""
+    train, test = pixels(60, 0), pixels(40, 1)
+    for data in (train, test):
+        wrong = torch.rand(len(data), generator=torch.Generator().manual_seed(0)) < 0.4
+        data.labels[wrong] = (data.labels[wrong] + 1) % 3
+    found = source_utility(load_model(encoders[0]), train, test)
+    encoder = ViTModel.from_pretrained(encoders[0]).eval()
+
+    def features(images):
+        with torch.no_grad():
+            state = encoder(images).last_hidden_state
+        return torch.cat([state[:, 0], state[:, 1:].mean(1)], 1).double().numpy()
+
+    for accuracy, classifier, grid in (
+        (found.linear_probe, LogisticRegression(max_iter=1000), {"C": [10.0**power for power in range(-3, 4)]}),
+        (found.knn, KNeighborsClassifier(weights="distance"), {"n_neighbors": [1, 3, 5, 10, 20]}),
+    ):
+        steps = make_pipeline(StandardScaler(), classifier)
+        named = {f"{type(classifier).__name__.lower()}__{key}": values for key, values in grid.items()}
+        search = GridSearchCV(steps, named, cv=KFold(5, shuffle=True, random_state=0))
+        search.fit(features(train.tensors()[0]), train.tensors()[1].numpy())
+        expected = search.score(features(test.tensors()[0]), test.tensors()[1].numpy())
+        assert 0.4 < expected < 0.95
+        assert accuracy == pytest.approx(expected)
 
 
 def test_measuring_an_encoder_without_head(encoders, attack, tmp_path):
