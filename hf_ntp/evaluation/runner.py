@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 # Fits trained as one on an accelerator: no more than that many, and than have that many weights.
 _MOST_TOGETHER = 32
 _WEIGHTS_TOGETHER = 20_000_000
-_NOT_ARCHITECTURE = ("id2label", "label2id", "_name_or_path", "transformers_version", "ntp")
+NOT_ARCHITECTURE = ("id2label", "label2id", "_name_or_path", "transformers_version", "ntp")
+"""Keys of a checkpoint's config that say nothing of its architecture."""
 
 
 @dataclass(frozen=True)
@@ -377,7 +378,7 @@ class _Describer:
     def architecture(self, arm: Arm) -> str:
         """Digest of the config of an arm's checkpoint, without what is not part of the architecture."""
         if arm.checkpoint not in self._architectures:
-            config = {key: value for key, value in self._config(arm).items() if key not in _NOT_ARCHITECTURE}
+            config = {key: value for key, value in self._config(arm).items() if key not in NOT_ARCHITECTURE}
             self._architectures[arm.checkpoint] = content_key(config)
         return self._architectures[arm.checkpoint]
 

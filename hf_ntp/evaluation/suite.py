@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from ..attacks import ATTACKS, Attack, FineTuneProtocol, FineTuning
 from .arms import Arm
-from .runner import AttackData, LearningCurves, load_start, sample_wise_learning_curves
+from .runner import NOT_ARCHITECTURE, AttackData, LearningCurves, load_start, sample_wise_learning_curves
 from .summary import retained_share, summarize
 
 _REFERENCE = "dense"
@@ -153,12 +153,11 @@ def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTunePr
 
 def check_same_architecture(starts: Mapping[str, str]) -> None:
     """Raise ``ValueError`` unless all checkpoints are of one model type with equal sizes."""
+    ignored = (*NOT_ARCHITECTURE, "dtype", "architectures")
     shapes = {}
     for start, path in starts.items():
         config = AutoConfig.from_pretrained(path).to_dict()
-        for key in ("id2label", "label2id", "_name_or_path", "transformers_version", "ntp", "dtype", "architectures"):
-            config.pop(key, None)
-        shapes[start] = config
+        shapes[start] = {key: value for key, value in config.items() if key not in ignored}
     first, *others = shapes
     for other in others:
         if differing := [key for key in shapes[first] if shapes[first][key] != shapes[other].get(key)]:
