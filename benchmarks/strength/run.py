@@ -339,7 +339,7 @@ def write_results(results: dict[str, Any], rows: str, out: Path) -> None:
 
 def write(results: dict[str, Any], out: Path) -> None:
     """Write results, table and figure."""
-    write_results(rounded(results), table(results), out)
+    write_results(results, table(results), out)
     plot(results, out / "strength.png")
     for name, full in results["full_suite"].items():
         stem = f"full_{name.replace('/', '_')}"
@@ -385,7 +385,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             # Models of other settings are other models.
             models = make_models(cell, work / settings, arguments.jobs or joblib.cpu_count())
             found = measure(cell, models, work, arguments.jobs)
-            results[part][str(cell)] = {"settings": settings, "seconds": perf_counter() - start, **found}
+            results[part][str(cell)] = rounded({"settings": settings, "seconds": perf_counter() - start, **found})
             write(results, out)
             print(f"\n{table(results)}\n", flush=True)
     return results
