@@ -40,7 +40,7 @@ from benchmarks.strength.run import sparsity as sparsity_of
 from hf_ntp.evaluation.suite import run_attacks
 
 HERE = Path(__file__).parent
-ATTACKS = ("dense", "mask_kept", "first_block_reinit")
+ATTACKS = ("dense", "mask_kept", "first_block_reinit", "source_all_kept", "source_all_new")
 SAMPLE_SIZES = (30, 100)
 ATTACK_STEPS = 400
 RATES = {"vit": (3e-4, 1e-3), "resnet": (3e-4, 1e-3, 3e-3)}
@@ -48,8 +48,7 @@ TRACED = ("step", "source_excess", "target_strength", "collapse_loss", "fisher_l
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "loose_guard": {"source_tolerance": [0.3, 0.005]},
-    "more_masks": {"attacker_keeps_mask": 0.4},
+    "half_as_long": {"max_steps": 3000},
 }
 """Options on top of the architecture's preset, by name."""
 
@@ -60,7 +59,9 @@ def validation_arena(cell: Cell) -> hf_ntp.AttackData:
     processor = ViTImageProcessorPil(size={"height": size, "width": size})
     halves = hf_ntp.split_owner_attacker(hf_ntp.load_domain(cell.target)["validation"], 0.5)
     return hf_ntp.AttackData(
-        load(cell.target, size).attacker, *(hf_ntp.PixelDataset.from_dataset(half, processor) for half in halves)
+        load(cell.target, size).attacker,
+        *(hf_ntp.PixelDataset.from_dataset(half, processor) for half in halves),
+        source=load(cell.source, size).validation,
     )
 
 

@@ -77,7 +77,7 @@ class Architecture:
 
 ARCHITECTURES = {
     "resnet": Architecture(small_resnet, 32, "adaptive_convnet", 2500, 300),
-    "vit": Architecture(small_vit, 16, "adaptive", 3000, 600),
+    "vit": Architecture(small_vit, 16, "adaptive", 6000, 600),
 }
 
 
