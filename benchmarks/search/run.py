@@ -7,9 +7,10 @@ benchmarks/strength/run.py and attacked, on validation data: source accuracy is 
 the target's validation part is halved, one half tunes the attacks and the other scores them. Test data is never looked
 at, so that the strength benchmark stays a measurement. results.json and table.md are rewritten after every run; a run
 whose result is there is not done again until the candidate's options change (after a change of the method, delete its
-entry). Entries whose names are not in CANDIDATES are of options that did not pay and were taken out again, or ("guard
-in nats") of a source_tolerance of [0.4, 0.02] nats on training batches. The guard looks at the same validation images,
-so that "after" flatters all candidates alike.
+entry). Entries whose names are not in CANDIDATES are of options that did not pay and were taken out again ("source
+attackers": half of the simulated attackers began with steps on source images), or ("guard in nats") of a
+source_tolerance of [0.4, 0.02] nats on training batches and half as many steps. The guard looks at the same validation
+images, so that "after" flatters all candidates alike.
 """
 
 from __future__ import annotations
@@ -110,8 +111,10 @@ def table(results: dict[str, Any]) -> str:
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for name, run in results.items():
         accuracies = [f"{value:.3f}" for value in (*run["source_accuracy"], run["sparsity"])]
-        areas = [f"{value:+.3f}" for value in (run["unprotected"], *run["areas"].values())]
-        rows.append([name, *accuracies, *areas, percent(run["dense_retained"]), f"{run['seconds']:.0f}"])
+        # Older entries have fewer attacks.
+        areas = [run["unprotected"], *(run["areas"].get(attack) for attack in ATTACKS)]
+        cells = ["" if area is None else f"{area:+.3f}" for area in areas]
+        rows.append([name, *accuracies, *cells, percent(run["dense_retained"]), f"{run['seconds']:.0f}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
