@@ -50,6 +50,7 @@ TRACED = ("step", "source_excess", "target_strength", "collapse_loss", "fisher_l
 CANDIDATES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "half_as_long": {"max_steps": 3000},
+    "collapse_first": {"max_steps": 3000, "collapse_weight": 1.0},
 }
 """Options on top of the architecture's preset, by name."""
 
