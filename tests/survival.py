@@ -94,6 +94,7 @@ def terminated(folder):
 
 def interrupted(folder):
     """The same with SIGINT in step 7."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell begin with it ignored
     protect(folder, [SignalAtStep(7, signal.SIGINT)])
 
 
