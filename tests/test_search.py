@@ -36,6 +36,11 @@ def test_candidates_are_measured_once_each(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "measure", None)  # a run that is there is not done again
     assert search.main(command) == json.loads((tmp_path / "out" / "results.json").read_text())
 
+    longer = {name: replace(shape, protection_steps=7) for name, shape in search.ARCHITECTURES.items()}
+    monkeypatch.setattr(search, "ARCHITECTURES", longer)  # but one of another length is
+    with pytest.raises(TypeError):
+        search.main(command)
+
 
 def test_attacks_are_tuned_and_scored_on_halves_of_the_validation_part():
     cell = strength.Cell("vit", "mnist", "optdigits")

@@ -69,7 +69,9 @@ def validation_arena(cell: Cell) -> hf_ntp.AttackData:
 
 def settings_of(cell: Cell, options: dict[str, Any]) -> dict[str, Any]:
     """What tells results of an older definition of a candidate."""
-    return {**options, "attack": [SAMPLE_SIZES, ATTACK_STEPS, RATES[cell.architecture]]}
+    shape = ARCHITECTURES[cell.architecture]
+    attack = [SAMPLE_SIZES, ATTACK_STEPS, RATES[cell.architecture]]
+    return {"max_steps": shape.protection_steps, **options, "attack": attack}
 
 
 def measure(cell: Cell, options: dict[str, Any], seed: int, work: Path, folder: Path) -> dict[str, Any]:
