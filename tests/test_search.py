@@ -38,7 +38,7 @@ def test_candidates_are_measured_once_each(quick, tmp_path, monkeypatch):
 
     longer = {name: replace(shape, protection_steps=7) for name, shape in search.ARCHITECTURES.items()}
     monkeypatch.setattr(search, "ARCHITECTURES", longer)  # but one of another length is
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="not callable"):
         search.main(command)
 
 

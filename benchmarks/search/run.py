@@ -6,11 +6,11 @@
 benchmarks/strength/run.py and attacked, on validation data: source accuracy is that of the source's validation part;
 the target's validation part is halved, one half tunes the attacks and the other scores them. Test data is never looked
 at, so that the strength benchmark stays a measurement. results.json and table.md are rewritten after every run; a run
-whose result is there is not done again until the candidate's options change (after a change of the method, delete its
-entry). Entries whose names are not in CANDIDATES are of options that did not pay and were taken out again ("source
-attackers": half of the simulated attackers began with steps on source images), or ("guard in nats") of a
-source_tolerance of [0.4, 0.02] nats on training batches and half as many steps. The guard looks at the same validation
-images, so that "after" flatters all candidates alike.
+whose result is there is not done again until the candidate's options or the number of protection steps change (after a
+change of the method, delete its entry). Entries whose names are not in CANDIDATES are of options that did not pay and
+were taken out again ("source attackers": half of the simulated attackers began with steps on source images), or ("guard
+in nats") of a source_tolerance of [0.4, 0.02] nats on training batches. The guard looks at the same validation images,
+so that "after" flatters all candidates alike.
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ def validation_arena(cell: Cell) -> hf_ntp.AttackData:
 
 def settings_of(cell: Cell, options: dict[str, Any]) -> dict[str, Any]:
     """What tells results of an older definition of a candidate."""
-    shape = ARCHITECTURES[cell.architecture]
     attack = [SAMPLE_SIZES, ATTACK_STEPS, RATES[cell.architecture]]
-    return {"max_steps": shape.protection_steps, **options, "attack": attack}
+    return {"max_steps": ARCHITECTURES[cell.architecture].protection_steps, **options, "attack": attack}
 
 
 def measure(cell: Cell, options: dict[str, Any], seed: int, work: Path, folder: Path) -> dict[str, Any]:
