@@ -8,9 +8,9 @@ the target's validation part is halved, one half tunes the attacks and the other
 at, so that the strength benchmark stays a measurement. results.json and table.md are rewritten after every run; a run
 whose result is there is not done again until the candidate's options or the number of protection steps change (after a
 change of the method, delete its entry). Entries whose names are not in CANDIDATES are of options that did not pay and
-were taken out again ("source attackers": half of the simulated attackers began with steps on source images), or ("guard
-in nats") of a source_tolerance of [0.4, 0.02] nats on training batches. The guard looks at the same validation images,
-so that "after" flatters all candidates alike.
+were taken out again ("source attackers": half of the simulated attackers began with steps on source images), or
+("guard in nats") of a source_tolerance of [0.4, 0.02] nats on training batches. The guard looks at the same validation
+images, so that "after" flatters all candidates alike.
 """
 
 from __future__ import annotations
