@@ -7,10 +7,11 @@ benchmarks/strength/run.py and attacked, on validation data: source accuracy is 
 the target's validation part is halved, one half tunes the attacks and the other scores them. Test data is never looked
 at, so that the strength benchmark stays a measurement. results.json and table.md are rewritten after every run; a run
 whose result is there is not done again until the candidate's options or the number of protection steps change (after a
-change of the method, delete its entry). Entries whose names are not in CANDIDATES are of options that did not pay and
-were taken out again ("source attackers": half of the simulated attackers began with steps on source images), or
-("guard in nats") of a source_tolerance of [0.4, 0.02] nats on training batches. The guard looks at the same validation
-images, so that "after" flatters all candidates alike.
+change of the method, delete its entry). Entries whose names are not in CANDIDATES are of values and options that did
+not pay and were taken out again ("source attackers": half of the simulated attackers began with steps on source
+images; "domain separation": a term that makes source and target linearly separable after every block), or ("guard in
+nats") of a source_tolerance of [0.4, 0.02] nats on training batches. Their settings are in results.json. The guard
+looks at the same validation images, so that "after" flatters all candidates alike.
 """
 
 from __future__ import annotations

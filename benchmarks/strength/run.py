@@ -76,7 +76,7 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "resnet": Architecture(small_resnet, 32, "adaptive_convnet", 2500, 300),
+    "resnet": Architecture(small_resnet, 32, "adaptive_convnet", 5000, 300),
     "vit": Architecture(small_vit, 16, "adaptive", 6000, 600),
 }
 
