@@ -15,7 +15,17 @@ from ..attacks import FineTuneProtocol
 from ..attacks.fine_tuning import predictor
 from ..data import PixelDataset
 from ..functional import check_sample_sizes
-from ..models import LiveWeights, has_head, live_weights, load_model, noted_prunable_weights, zero_fraction
+from ..models import (
+    LiveWeights,
+    class_names,
+    find_head,
+    has_head,
+    live_weights,
+    load_model,
+    noted_prunable_weights,
+    zero_fraction,
+)
+from ..training.domains import classifies
 from .arms import Arm, standard_arms
 from .runner import AttackData, LearningCurves, accuracy_of, sample_wise_learning_curves
 from .utility import SourceUtility, source_utility
@@ -27,7 +37,7 @@ _LIVE_IMAGES = 256
 class SourceAccuracy:
     """Accuracy on the authorized test split, eval mode, before and after protection (on the published weights).
 
-    ``measure`` is "classification" by the model's own head, or "linear_probe" where it has none.
+    ``measure`` is "classification" by the model's own head, or "linear_probe" where it has none for these classes.
     """
 
     before: float
@@ -126,10 +136,11 @@ def measure_protection(
         requested_sparsity: What the owner asked for; default what ``config.ntp`` says.
         cache_dir: Where finished fits are kept.
         jobs: Processes.
-        source_train: Labelled authorized images, for probes on a model without a head; others do not need them.
+        source_train: Labelled authorized images, for probes on a model without a head for them; others do not need
+            any.
 
     Raises:
-        ValueError: If the model has no head and ``source_train`` is not given.
+        ValueError: If the model has no head for the authorized classes and ``source_train`` is not given.
     """
     check_sample_sizes(sample_sizes)
     accuracy, utility = measure_source(unprotected, protected, source_test, source_train)
@@ -147,7 +158,10 @@ def measure_protection(
 def measure_source(
     unprotected: str | Path, protected: str | Path, test: PixelDataset, train: PixelDataset | None = None
 ) -> tuple[SourceAccuracy, SourceUtility | None]:
-    """Accuracy on an authorized domain before and after, and probes on the features of a model without a head.
+    """Accuracy on an authorized domain before and after, and probes on the features of a model without a head for it.
+
+    A head is taken for one of the domain's classes if it has as many outputs as there are, under the same names where
+    both have names.
 
     Args:
         unprotected: Folder of the model before protection.
@@ -156,19 +170,30 @@ def measure_source(
         train: Labelled authorized images, for those probes.
 
     Raises:
-        ValueError: If the model has no head and ``train`` is not given.
+        ValueError: If the model has no such head and ``train`` is not given.
     """
     before, after = (load_model(str(path)) for path in (unprotected, protected))
-    if has_head(before) and has_head(after):
+    if _knows_classes(before, test) and _knows_classes(after, test):
         first, last = (accuracy_of(predictor(model), test) for model in (before, after))
         return SourceAccuracy(first, last, len(test)), None
     if train is None:
         raise ValueError(
-            "the model has no classification head and source_train is None; needed: labelled authorized images, to "
-            "which a linear probe and nearest neighbours are fitted. Pass source_train."
+            f"the model has no classification head for the {test.num_classes} classes of the authorized images, and "
+            "source_train is None; needed: labelled authorized images, to which a linear probe and nearest neighbours "
+            "are fitted. Pass source_train; or, if only the names differ, set the model's id2label."
         )
     found = SourceUtility(*(source_utility(model, train, test) for model in (before, after)))
     return SourceAccuracy(found.before.linear_probe, found.after.linear_probe, len(test), "linear_probe"), found
+
+
+def _knows_classes(model: PreTrainedModel, data: PixelDataset) -> bool:
+    """Whether the outputs of a model are the classes of the data, as far as numbers and names tell."""
+    if not has_head(model):
+        return False
+    head, names, wanted = find_head(model)[1], class_names(model), data.class_names
+    if not classifies(model, head) or (names and wanted and names != wanted):
+        return False
+    return head.out_features == data.num_classes if wanted else head.out_features >= data.num_classes
 
 
 def measure_sparsity(

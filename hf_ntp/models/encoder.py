@@ -58,6 +58,13 @@ def find_head(model: PreTrainedModel, head_name: str | None = None) -> tuple[str
     return heads[0], linears[heads[0]]
 
 
+def class_names(model: PreTrainedModel) -> list[str] | None:
+    """Names of a model's classes in the order of its outputs; None where ``id2label`` has placeholders ("LABEL_0")."""
+    labels = model.config.id2label or {}
+    names = [str(labels.get(i)) for i in range(len(labels))]
+    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
 def replace_head(
     model: PreTrainedModel, labels: int | Sequence[str], generator: torch.Generator | None = None
 ) -> None:

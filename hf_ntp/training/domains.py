@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
+import datasets
 import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
@@ -32,6 +33,7 @@ class Joined(Dataset):
     def __init__(self, parts: Mapping[str, Dataset], labelled: bool) -> None:
         self.parts = dict(parts)
         self.fingerprint = {name: fingerprint_of(part) for name, part in parts.items()}
+        self.class_names = next(iter(_names(parts).values()), None)
         if labelled:
             self.labels = np.concatenate([labels_of(part, name) for name, part in self.parts.items()])
         self._keys = ("pixel_values", "labels") if labelled else ("pixel_values",)
@@ -58,6 +60,7 @@ def source_domain(
     data: ImageData | Mapping[str, ImageData],
     image_processor: BaseImageProcessor | None,
     num_classes: int | None,
+    class_names: Sequence[str] | None = None,
 ) -> Dataset:
     """Authorized images as one dataset.
 
@@ -65,27 +68,36 @@ def source_domain(
         data: What the user passed as ``train_dataset``.
         image_processor: Image processor (PIL backend), for datasets of images.
         num_classes: Classes of the head that all domains share; None where labels are not looked at.
+        class_names: Their names, where the model has some.
 
     Raises:
-        ValueError: For images or labels that cannot be used, and for domains of other classes than one another's.
+        ValueError: For images or labels that cannot be used, and for domains of other classes than one another's or
+            the model's.
     """
     if not isinstance(data, Mapping):
-        return _checked(data, SOURCE, image_processor, num_classes)
+        images = _checked(data, SOURCE, image_processor, num_classes)
+        if num_classes is not None:
+            check_same_classes({SOURCE: images}, class_names)
+        return images
+    _check_one_split(data, SOURCE)
     if not data:
         raise ValueError(f"{SOURCE} is an empty mapping; needed: at least one authorized domain by name.")
     parts = {name: _checked(part, f"{SOURCE} {name!r}", image_processor, num_classes) for name, part in data.items()}
     if num_classes is not None:
-        check_same_classes(parts)
+        check_same_classes(parts, class_names)
     return Joined(parts, labelled=num_classes is not None)
 
 
-def held_out(data: Any, names: Sequence[str], num_classes: int) -> Dataset | None:
+def held_out(
+    data: Any, names: Sequence[str], num_classes: int, class_names: Sequence[str] | None = None
+) -> Dataset | None:
     """Authorized images that are not trained on, of what Trainer has as ``eval_dataset``; with a warning, None.
 
     Args:
         data: One dataset, or several by name: then the authorized ones alone.
         names: Names of the authorized domains, where they have some.
         num_classes: Classes of the head.
+        class_names: Their names, where they are known.
 
     Raises:
         ValueError: For images or labels that cannot be used.
@@ -102,6 +114,7 @@ def held_out(data: Any, names: Sequence[str], num_classes: int) -> Dataset | Non
         )
     for name, part in parts.items():
         check_labels(labels_of(part, name), num_classes, name)
+    check_same_classes(parts, class_names)
     return Joined(parts, labelled=True) if parts else None
 
 
@@ -116,19 +129,38 @@ def _checked(
     return pixels
 
 
-def check_same_classes(parts: Mapping[str, Dataset]) -> None:
+def _check_one_split(data: Any, name: str) -> None:
+    if isinstance(data, datasets.DatasetDict):
+        raise ValueError(
+            f"{name} is a DatasetDict with the splits {', '.join(map(repr, data))}; needed: one split, such as "
+            f"{name}=data[{'train' if 'train' in data else next(iter(data), '')!r}], and of several domains a plain "
+            "dict by name. The splits of one dataset are not domains, and its test images must not be trained on."
+        )
+
+
+def _names(parts: Mapping[str, Dataset]) -> dict[str, Sequence[str]]:
+    return {name: classes for name, part in parts.items() if (classes := getattr(part, "class_names", None))}
+
+
+def check_same_classes(parts: Mapping[str, Dataset], class_names: Sequence[str] | None = None) -> None:
     """Check that domains which share a head mean the same by a label, where names of their classes tell.
+
+    Args:
+        parts: Authorized images by name of the domain.
+        class_names: What the head's outputs are called, where that is known.
 
     Raises:
         ValueError: If they do not.
     """
-    names = {name: classes for name, part in parts.items() if (classes := getattr(part, "class_names", None))}
+    names = _names(parts) | ({} if class_names is None else {"the head": class_names})
     if len({tuple(classes) for classes in names.values()}) > 1:
         found = "; ".join(f"{name}: {', '.join(classes[:6])} ({len(classes)})" for name, classes in names.items())
         raise ValueError(
-            f"authorized domains have different classes ({found}); needed: the same ones in the same order, since "
-            "they share the model's head. Rename or encode the labels alike, or pass source_loss='features', which "
-            "keeps the encoder's features on each domain and looks at no labels."
+            f"the head and the authorized domains have different classes ({found}); needed: the same ones in the same order. "
+            "If only the order differs, data.align_labels_with_mapping(model.config.label2id, 'label') brings labels "
+            "into the model's; if only the spelling does, set model.config.id2label. For other classes put a new head "
+            "on the model and train it first (recipes/ntp_vit.py does), or pass source_loss='features', which keeps "
+            "the encoder's features on each domain and looks at no labels."
         )
 
 
@@ -184,6 +216,7 @@ def target_domains(
     if data is None:
         base = source if source_classes else as_labelled(source)
         return {NEIGHBOURHOOD: Neighbourhood(base, seed)}
+    _check_one_split(data, "target_dataset")
     domains = data if isinstance(data, Mapping) else {"target": data}
     if access == "labelled":
         return {name: as_pixels(part, image_processor, f"target {name!r}") for name, part in domains.items()}

@@ -37,6 +37,7 @@ from ..models import (
     batch_norms,
     blocks_of,
     check_precision,
+    class_names,
     find_head,
     has_batch_norm,
     has_head,
@@ -197,7 +198,8 @@ class NTPTrainer(Trainer):
         has_classes = not self._headless and classifies(network, head)
         if not self._matches_features:
             check_task(network, head)
-        source = source_domain(train_dataset, processing_class, None if self._matches_features else head.out_features)
+        num_classes = None if self._matches_features else head.out_features
+        source = source_domain(train_dataset, processing_class, num_classes, class_names(network))
         seed = args.seed if args.data_seed is None else args.data_seed
         targets = target_domains(
             target_dataset,
@@ -260,7 +262,8 @@ class NTPTrainer(Trainer):
             self._guard = kind(self.model, args)
         else:
             names = list(train_dataset) if isinstance(train_dataset, Mapping) else []
-            others = held_out(self.eval_dataset, names, head.out_features) if args.source_tolerance else None
+            classes = class_names(network) or getattr(source, "class_names", None)
+            others = held_out(self.eval_dataset, names, head.out_features, classes) if args.source_tolerance else None
             self._guard = SourceGuard(self.model, args, others)
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.

@@ -11,6 +11,7 @@ from hf_ntp import FineTuneProtocol, measure_protection
 from hf_ntp.attacks import ATTACKS
 from hf_ntp.attacks.attack import NO_HEAD
 from hf_ntp.evaluation.controls import prune_without_protection
+from hf_ntp.evaluation.measure import measure_source
 from hf_ntp.evaluation.suite import run_attacks
 from hf_ntp.evaluation.utility import source_utility
 from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
@@ -73,7 +74,7 @@ def test_measuring_an_encoder_without_head(encoders, attack, tmp_path):
     def measure(**options):
         return measure_protection(*encoders, attack.test, attack, [6, 12], [0], QUICK, jobs=1, **options)
 
-    with pytest.raises(ValueError, match="no classification head and source_train is None"):
+    with pytest.raises(ValueError, match="no classification head for the 3 classes of the authorized images, and source_train"):
         measure()
     measured = measure(source_train=pixels(60, 0))
     assert measured.accuracy.measure == "linear_probe"
@@ -83,6 +84,24 @@ def test_measuring_an_encoder_without_head(encoders, attack, tmp_path):
     assert measured.sparsity.live_fraction > 0.5
     assert measured.sparsity.layers.keys() <= ViTModel.from_pretrained(encoders[1]).state_dict().keys()
     assert build_results(SOURCE, TARGET, measured, {})["source"]["measure"] == "linear_probe"
+
+
+@pytest.mark.parametrize("head", ["more outputs", "other names", "several labels"])
+def test_a_head_for_something_else_says_nothing_about_the_source(tmp_path, head):
+    """Such a model is kept by its features; its arg-max has nothing to do with the labels."""
+    model, test = tiny_vit(20 if head == "more outputs" else 3), pixels(30, 1)
+    if head == "other names":
+        model.config.id2label = dict(enumerate(["2", "0", "1"]))
+    elif head == "several labels":
+        model.config.problem_type = "multi_label_classification"
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no classification head for the 3 classes"):
+        measure_source(tmp_path, tmp_path, test)
+    accuracy, utility = measure_source(tmp_path, tmp_path, test, pixels(60, 0))
+    assert accuracy.measure == "linear_probe"
+    assert accuracy.after == utility.after.linear_probe > 0.8
+    tiny_vit().save_pretrained(tmp_path / "its_own")
+    assert measure_source(tmp_path / "its_own", tmp_path / "its_own", test)[0].measure == "classification"
 
 
 def test_attacks_on_an_encoder_without_head(encoders, attack, tmp_path):

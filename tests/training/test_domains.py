@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from hf_ntp import NTPConfig
+from hf_ntp import NTPConfig, NTPTrainer, load_domain
 from hf_ntp.training.attackers import slot_domains
 from hf_ntp.training.domains import Joined, shares_of
 from hf_ntp.training.paired_data import PairedSampler
@@ -123,6 +123,40 @@ def test_weights_come_as_json_from_a_command_line(tmp_path):
 def test_authorized_domains_that_do_not_fit(tmp_path, source, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, source=source)
+
+
+def named_vit(names):
+    model = tiny_vit(len(names))
+    model.config.id2label = dict(enumerate(names))
+    return model
+
+
+def test_names_of_classes_tell_what_a_label_means(tmp_path):
+    """A model with its classes in another order would be trained to give wrong answers."""
+    animals, other = ["cat", "dog", "cow"], ["dog", "cat", "cow"]
+    source, held_out = Named(animals), Named(animals, size=9)
+    trainer(tmp_path, named_vit(animals), source=source, evaluation=held_out)
+    trainer(tmp_path, named_vit(animals), source=Rows(), evaluation=Rows(9))
+    with pytest.raises(ValueError, match=r"\(train_dataset: cat, dog, cow \(3\); the head: dog, cat, cow \(3\)\)"):
+        trainer(tmp_path, named_vit(other), source=source)
+    with pytest.raises(ValueError, match=r"the head: a, b, c, d, e, f \(9\)"):
+        trainer(tmp_path, named_vit(list("abcdefghi")), source=source)
+    for domains in (source, {"zoo": source, "farm": source}):
+        evaluation = Named(other, size=9) if domains is source else {"zoo": Named(other, size=9)}
+        with pytest.raises(ValueError, match=r"dog, cat, cow \(3\); the head: cat, dog, cow \(3\)"):
+            trainer(tmp_path, source=domains, evaluation=evaluation)
+    trainer(tmp_path, named_vit(other), source=source, source_loss="features")
+
+
+def test_the_splits_of_a_dataset_are_no_domains(tmp_path):
+    """They would be trained on, the test split among them."""
+    parts = load_domain("optdigits", max_samples=20)
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    config = NTPConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    message = r"_dataset is a DatasetDict with the splits 'train', 'validation', 'test'.*_dataset=data\['train'\]"
+    for source, target in ((parts, parts["train"]), (parts["train"], parts)):
+        with pytest.raises(ValueError, match=message):
+            NTPTrainer(tiny_vit(10), config, source, target, processing_class=processor)
 
 
 def test_without_a_head_labels_may_differ(tmp_path):
