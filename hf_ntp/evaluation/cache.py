@@ -25,7 +25,7 @@ def local_folder(checkpoint: str) -> str:
     """Return a folder with config and weights: the one given, or a snapshot of the Hub id."""
     if Path(checkpoint).is_dir():
         return checkpoint
-    return snapshot_download(checkpoint, allow_patterns=["config.json", "*.safetensors"])
+    return snapshot_download(checkpoint, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"])
 
 
 def checkpoint_digest(folder: Path) -> str:

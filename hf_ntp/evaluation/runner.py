@@ -348,9 +348,11 @@ def _accelerator() -> torch.device | int | None:
 
 def accuracy_of(predict: Predict, data: PixelDataset, batch_size: int = 256) -> float:
     """Share of images classified correctly by ``predict``."""
-    images, labels = data.tensors()
-    predicted = torch.cat([predict(batch) for batch in images.split(batch_size)])
-    return float((predicted == labels).float().mean())
+    hits = []
+    for begin in range(0, len(data), batch_size):  # float32 images of a whole split may exceed memory
+        images, labels = data.tensors(range(begin, min(begin + batch_size, len(data))))
+        hits.append(predict(images) == labels)
+    return float(torch.cat(hits).float().mean())
 
 
 class _Describer:

@@ -13,6 +13,7 @@ from ..attacks.probes import KINDS
 from ..data import PixelDataset
 
 _FOLDS = 5
+_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,6 @@ def _features(model: PreTrainedModel, data: PixelDataset, name: str) -> tuple[np
             f"the authorized {name} images have no labels; needed: some, to see what the features are worth. Pass a "
             "PixelDataset of labelled images; protection itself needs none."
         )
-    images, labels = data.tensors()
-    features, _ = features_and_logits(model, images)
-    return features.double().cpu().numpy(), labels.numpy()
+    parts = [range(begin, min(begin + _BATCH, len(data))) for begin in range(0, len(data), _BATCH)]
+    features = [features_and_logits(model, data.tensors(rows)[0])[0].double().cpu().numpy() for rows in parts]
+    return np.concatenate(features), data.labels

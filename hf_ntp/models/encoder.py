@@ -243,6 +243,18 @@ def scale_free_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Let no gradient reach the parameters of a module."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
+@contextmanager
 def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
     """Normalise with batch statistics as in training, but leave the running statistics as they are.
 

@@ -30,7 +30,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..models import blocks_of, changes, frozen_batch_norm_statistics, recorded_features
+from ..models import blocks_of, changes, frozen_batch_norm_statistics, has_batch_norm, recorded_features
 from .arguments import ProtectionArguments
 from .attacker import INFORMED, ZEROS, Attacker, Plan
 
@@ -170,6 +170,7 @@ class AttackerPool:
         self.lives = [0] * options.attackers
         self.attackers: list[Attacker | None] = [None] * options.attackers
         self._attack = _Attack(model)
+        self._has_batch_norm = has_batch_norm(model)
 
     def domain(self, slot: int) -> str:
         """Name of the unauthorized domain that a slot attacks."""
@@ -218,18 +219,29 @@ class AttackerPool:
         masks: Callable[[], Mapping[str, Tensor]],
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> tuple[int, Attacker, Callable[[], tuple[Tensor, list[Tensor]]]] | None:
-        """Compute a slot's gradients on this process and send them on their way; None where no process has images."""
+        """Compute a slot's gradients on this process and send them on their way; None where there are too few images.
+
+        The last batch of an epoch may be too small for all slots.
+        """
         own = [self._rows(slot, len(labels)) for _, labels in batches]
         total = sum(count for _, count in own)
-        if not total:  # the last batch of an epoch may be too small for all
+        if not total or (self._has_batch_norm and self._one_image_somewhere(slot, batches)):
             return None
         attacker = self._living(slot, masks)
         parts = [(images[rows], labels[rows]) for (images, labels), (rows, _) in zip(batches, own, strict=True)]
         images, labels = map(torch.cat, zip(*parts, strict=True))
         return slot, attacker, _summed(*self._gradients(attacker, images, labels, total, autocast))
 
-    def _rows(self, slot: int, rows: int) -> tuple[slice, int]:
-        """Rows on this process that belong to a slot, and how many do on all, if every process has ``rows``.
+    def _one_image_somewhere(self, slot: int, batches: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Whether a process would have a single image, which BatchNorm cannot average; all processes agree."""
+        parts = [
+            [self._rows(slot, len(labels), process)[0] for _, labels in batches]
+            for process in range(PartialState().num_processes)
+        ]
+        return any(sum(rows.stop - rows.start for rows in part) == 1 for part in parts)
+
+    def _rows(self, slot: int, rows: int, process: int | None = None) -> tuple[slice, int]:
+        """Rows on this (or another) process that belong to a slot, and how many do on all, if every one has ``rows``.
 
         The attackers of a domain share the rows of all processes out among them, in order: which images an attacker
         gets does not depend on how many processes there are.
@@ -239,7 +251,7 @@ class AttackerPool:
         size, longer = divmod(state.num_processes * rows, places)
         begin = place * size + min(place, longer)
         count = size + (place < longer)
-        first = state.process_index * rows
+        first = (state.process_index if process is None else process) * rows
         return slice(*(min(max(end - first, 0), rows) for end in (begin, begin + count))), count
 
     def _living(self, slot: int, masks: Callable[[], Mapping[str, Tensor]]) -> Attacker:

@@ -16,6 +16,9 @@ class Protector(Protocol):
     paired_sampler: PairedSampler
     pruner: ADMMPruner
 
+    def begin_pruning(self, max_steps: int) -> None:
+        """Look at what is planned for so many optimizer steps."""
+
     def advance_pruning(self, step: int, max_steps: int) -> None:
         """Do what is due after optimizer step ``step``."""
 
@@ -37,6 +40,12 @@ class PruningCallback(TrainerCallback):
 
     def __init__(self, trainer: Protector) -> None:
         self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The number of steps is known."""
+        self.trainer.begin_pruning(state.max_steps)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -130,7 +130,17 @@ def load_weights_strictly(model: PreTrainedModel, folder: str) -> None:
     """Load a checkpoint's weights into ``model`` in place, every tensor accounted for.
 
     Trainer loads with ``strict=False`` and without key conversion: for ViT and many others nothing would be restored.
+
+    Raises:
+        ValueError: If the checkpoint lacks weights of the model.
     """
     own = plain_model(model)
-    saved = type(own).from_pretrained(folder, dtype=own.dtype)
-    own.load_state_dict(saved.state_dict(), strict=True)
+    saved, found = type(own).from_pretrained(folder, dtype=own.dtype, output_loading_info=True)
+    names = own.state_dict().keys()
+    if lost := sorted(names & found["missing_keys"]):
+        raise ValueError(
+            f"the weights in {folder} lack {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''} ({len(lost)} of "
+            f"{len(names)} tensors); needed: all of {type(own).__name__}. Resume from an earlier checkpoint."
+        )
+    # A model may have been built without a part that its class has by default, such as a pooler.
+    own.load_state_dict({name: tensor for name, tensor in saved.state_dict().items() if name in names}, strict=True)

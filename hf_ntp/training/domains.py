@@ -156,11 +156,11 @@ def check_same_classes(parts: Mapping[str, Dataset], class_names: Sequence[str] 
     if len({tuple(classes) for classes in names.values()}) > 1:
         found = "; ".join(f"{name}: {', '.join(classes[:6])} ({len(classes)})" for name, classes in names.items())
         raise ValueError(
-            f"the head and the authorized domains have different classes ({found}); needed: the same ones in the same order. "
-            "If only the order differs, data.align_labels_with_mapping(model.config.label2id, 'label') brings labels "
-            "into the model's; if only the spelling does, set model.config.id2label. For other classes put a new head "
-            "on the model and train it first (recipes/ntp_vit.py does), or pass source_loss='features', which keeps "
-            "the encoder's features on each domain and looks at no labels."
+            f"the head and the authorized domains have different classes ({found}); needed: the same ones in the same "
+            "order. If only the order differs, data.align_labels_with_mapping(model.config.label2id, 'label') brings "
+            "labels into the model's; if only the spelling does, set model.config.id2label. For other classes put a "
+            "new head on the model and train it first (recipes/ntp_vit.py does), or pass source_loss='features', "
+            "which keeps the encoder's features on each domain and looks at no labels."
         )
 
 

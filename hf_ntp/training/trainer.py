@@ -39,6 +39,7 @@ from ..models import (
     check_precision,
     class_names,
     find_head,
+    frozen,
     has_batch_norm,
     has_head,
     load_model,
@@ -81,6 +82,10 @@ logger = logging.getLogger(__name__)
 
 # Mean share of its weight below which what is aimed at the target did next to nothing.
 _HELD_BACK = 0.1
+# Z-steps without which the weights have not been led to zero when the mask is fixed.
+_FEW_Z_STEPS = 3
+# Shorter is no length: what has none cannot be given one by a factor.
+_NO_LENGTH = 1e-12
 
 # Trainer's upload leaves names with a leading underscore alone.
 _STAGING = "_unfinished"
@@ -409,6 +414,26 @@ class NTPTrainer(Trainer):
 
     # Pruning: called by PruningCallback
 
+    def begin_pruning(self, max_steps: int) -> None:
+        """Say so if the run is too short for its pruning to be gradual."""
+        due = sum(self._is_due(step, max_steps) for step in range(1, max_steps + 1))
+        if due < _FEW_Z_STEPS and self.args.sparsity:
+            logger.warning(
+                "%d of %d steps are Z-steps (admm_interval %d, from %g to %g of the run): pruning to %s zeros will be "
+                "nearly in one go, which costs accuracy. Train longer, or lower admm_interval.",
+                due,
+                max_steps,
+                self.args.admm_interval,
+                self.args.pruning_begin,
+                self.args.pruning_end,
+                self.args.sparsity,
+            )
+
+    def _is_due(self, step: int, max_steps: int) -> bool:
+        """Whether a Z-step follows optimizer step ``step``."""
+        within = self.args.pruning_begin * max_steps < step < self.args.pruning_end * max_steps
+        return within and step % self.args.admm_interval == 0
+
     def advance_pruning(self, step: int, max_steps: int) -> None:
         """Do what is due after optimizer step ``step``: nothing, a Z-step, the hard prune, or the mask."""
         if self._pool is not None:
@@ -419,7 +444,7 @@ class NTPTrainer(Trainer):
             self.pruner.enforce_mask()
         elif step >= end:
             self._finish_pruning()
-        elif step > begin and step % self.args.admm_interval == 0:
+        elif self._is_due(step, max_steps):
             self._pruning_log = self.pruner.update((step - begin) / (end - begin))._asdict()
         if self._pool is not None:
             self._restore_lengths()
@@ -441,6 +466,7 @@ class NTPTrainer(Trainer):
         if self._lengths:
             weights = [weight for weight, _ in self._lengths]
             now = torch._foreach_norm(weights)
+            torch._foreach_clamp_min_(now, _NO_LENGTH)  # what is pruned altogether has none, and stays at 0
             torch._foreach_mul_(weights, torch._foreach_div([wanted for _, wanted in self._lengths], now))
 
     def _finish_pruning(self) -> None:
@@ -529,7 +555,8 @@ class NTPTrainer(Trainer):
             )
         self._pruning_log, self._terms = {"sparsity": torch.zeros(())}, self._new_terms()
         self._attacked, self._leaving, self._ended = {}, False, False
-        with KeptSignals() as self._signals:
+        # A head beside features that are matched gets no gradient, for which DDP would wait.
+        with frozen(self._head if self._matches_features else nn.Identity()), KeptSignals() as self._signals:
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:

@@ -74,7 +74,9 @@ def test_measuring_an_encoder_without_head(encoders, attack, tmp_path):
     def measure(**options):
         return measure_protection(*encoders, attack.test, attack, [6, 12], [0], QUICK, jobs=1, **options)
 
-    with pytest.raises(ValueError, match="no classification head for the 3 classes of the authorized images, and source_train"):
+    with pytest.raises(
+        ValueError, match="no classification head for the 3 classes of the authorized images, and source_train"
+    ):
         measure()
     measured = measure(source_train=pixels(60, 0))
     assert measured.accuracy.measure == "linear_probe"

@@ -14,7 +14,7 @@ from hf_ntp.models import prunable_weights
 from hf_ntp.training.arguments import PRESETS
 from hf_ntp.training.pruning import ADMMPruner
 from tests.conftest import Rows, tiny_resnet, tiny_vit
-from tests.training.test_trainer import trainer
+from tests.training.test_trainer import NO_TARGET, trainer
 
 # Whatever the number of processes; 48 images are four steps of an epoch.
 GLOBAL_BATCH = 12
@@ -36,6 +36,11 @@ RUNS = {
     "features": lambda: (
         ViTModel(tiny_vit().config, add_pooling_layer=False),
         {**ATTACKERS, "gradient_accumulation_steps": 2, "feature_tolerance": [0.01, 0.01]},
+    ),
+    # Its head gets no gradient.
+    "head_left_alone": lambda: (
+        tiny_vit(),
+        {**NO_TARGET, "source_loss": "features", "gradient_checkpointing": True, "feature_tolerance": [0.01, 0.01]},
     ),
     # Its statistics are those of a process: ranks agree with each other, not with one process.
     "resnet": lambda: (tiny_resnet(), ATTACKERS),

@@ -91,6 +91,22 @@ def test_a_folder_without_head_resumes(tmp_path):
     assert same(plain, again.model.encoder)
 
 
+def test_an_encoder_built_without_pooler_resumes(tmp_path):
+    """Its class has one by default, and so has what is read of a checkpoint."""
+
+    def ours():
+        encoder = ViTModel(tiny_vit().config, add_pooling_layer=False)
+        return trainer(tmp_path, encoder, save_strategy="steps", save_steps=6, source=Unlabelled())
+
+    torch.manual_seed(0)
+    whole = ours()
+    whole.train()
+    torch.manual_seed(0)
+    again = ours()
+    again.train(str(tmp_path / "checkpoint-6"))
+    assert same(whole.model, again.model)
+
+
 def test_a_model_with_head_may_keep_its_features(tmp_path):
     model = tiny_vit()
     before = model.classifier.weight.clone()

@@ -5,9 +5,10 @@ import re
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
-from transformers import TrainerCallback, ViTModel
+from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback, ViTModel
 
 from hf_ntp import NTPConfig, NTPTrainer, load_protected
 from hf_ntp.functional import uniform_cross_entropy, whitened_discriminant
@@ -273,6 +274,39 @@ def test_weights_before_batch_norm_keep_their_length(tmp_path):
     } == pytest.approx(before)
 
 
+def test_a_convolution_that_is_pruned_altogether(tmp_path):
+    """Its length is 0 and no factor gives it back: it stays at 0, and nothing else becomes NaN."""
+    model = tiny_resnet()
+    name, weight = list(scale_free_weights(model).items())[-1]
+    with torch.no_grad():
+        weight.mul_(1e-2)  # BatchNorm makes up for it, and a threshold for all layers does not
+    ours = trainer(tmp_path, model, prune_pattern="global", attackers=2, learning_rate=1e-4)
+    ours.train()
+    assert not bool(model.get_parameter(name).any())
+    assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("rows", [10, 11])
+def test_no_attacker_averages_a_single_image(tmp_path, rows):
+    """Of the last batch of an epoch, which is smaller: BatchNorm has nothing to average in one image of one pixel."""
+    torch.manual_seed(0)
+    model = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    )
+    images = {"source": Rows(rows, image_size=8), "target": Rows(20, 4, image_size=8, seed=1)}
+    ours = trainer(tmp_path, model, max_steps=4, attackers=2, attacker_batch_size=4, **images)
+    ours.train()
+    assert sum(ours._pool.lives) + sum(a.age for a in ours._pool.attackers if a is not None) > 0
+
+
+def test_a_run_too_short_to_prune_by_degrees_says_so(tmp_path, caplog):
+    trainer(tmp_path / "short", admm_interval=16).train()
+    assert "0 of 12 steps are Z-steps (admm_interval 16, from 0" in caplog.text
+    caplog.clear()
+    trainer(tmp_path / "long").train()
+    assert "Z-steps" not in caplog.text
+
+
 def test_several_targets_with_label_sets_of_their_own(tmp_path):
     ours = trainer(tmp_path, target={"four": Rows(20, 4, seed=1), "two": Rows(15, 2, seed=2)}, target_weight=0.1)
     ours.train()
@@ -348,6 +382,20 @@ def test_a_checkpoint_of_a_run_from_other_weights_is_refused(tmp_path):
     half_protected = type(tiny_vit()).from_pretrained(tmp_path / "checkpoint-6")
     with pytest.raises(ValueError, match="original_weights"):
         trainer(tmp_path, half_protected, save_strategy="steps", save_steps=6).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    """They would be drawn at random, and the run would go on with them."""
+    options = {"save_strategy": "steps", "save_steps": 6}
+    trainer(tmp_path, **options).train()
+    path = tmp_path / "checkpoint-6" / "model.safetensors"
+    weights = load_file(path)
+    del weights["classifier.bias"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lack classifier.bias \(1 of \d+ tensors\); needed: all of ViTForImageClass"
+    ):
+        trainer(tmp_path, **options).train(str(tmp_path / "checkpoint-6"))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
