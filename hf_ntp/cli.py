@@ -58,7 +58,7 @@ def _checkpoint(parser: ArgumentParser) -> None:
 def _report_options(parser: ArgumentParser) -> None:
     _folder(parser)
     parser.add_argument("--attacks", help="results.json of `hf-ntp evaluate` on this model, to be added")
-    parser.add_argument("--repo_id", default="path/to/this/folder", help="what the card says to load")
+    parser.add_argument("--repo_id", help="what the card says to load; default what it says already")
 
 
 def _report(options: Namespace) -> dict[str, Any]:

@@ -99,7 +99,9 @@ class RecipeArguments:
             "(small models leave room for more)."
         },
     )
-    repo_id: str = field(default="path/to/this/folder", metadata={"help": "What the card says to load."})
+    repo_id: str | None = field(
+        default=None, metadata={"help": "What the card says to load; can be filled in later (hf-ntp report)."}
+    )
     license: str = field(default="other", metadata={"help": "Licence id for the card."})
     terms: str | None = field(
         default=None, metadata={"help": "What you allow, in words, for record, card and gating prompt."}
@@ -141,12 +143,17 @@ def parse(argv: list[str], kind: type[Arguments], description: str) -> tuple[Arg
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=kind.config)
     first.add_argument("--preset")
+    first.add_argument("--num_train_epochs", "--num-train-epochs")
+    first.add_argument("--max_steps", "--max-steps")
     early = first.parse_known_args(argv)[0]
     defaults = yaml.safe_load(Path(early.config).read_text()) or {}
-    preset = early.preset or defaults.get("preset", kind.preset)
-    defaults = PRESETS.get(preset, {}) | defaults
+    if early.preset and early.config == kind.config:
+        # What was asked for goes before the recipe's own file, as it does not before a file that was asked for, too.
+        defaults |= PRESETS.get(early.preset, {})
+    else:
+        defaults = PRESETS.get(early.preset or defaults.get("preset", kind.preset), {}) | defaults
     # How long to train is one choice: epochs on the command line replace the file's number of steps.
-    if "--num_train_epochs" in argv and "--max_steps" not in argv:
+    if early.num_train_epochs and not early.max_steps:
         defaults.pop("max_steps", None)
     types: Any = [kind, ProtectionArguments]
     if not {"-h", "--help"} & set(argv):
@@ -161,6 +168,11 @@ def parse(argv: list[str], kind: type[Arguments], description: str) -> tuple[Arg
         parser.error(f"the configuration file has unknown keys: {', '.join(unknown)}; see --help for the options")
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in known})
     recipe, config = parser.parse_args_into_dataclasses(argv)
+    if getattr(config, "push_to_hub", False):
+        parser.error(
+            "--push_to_hub is of no use here: the folder to publish is made when everything is measured. Push it with "
+            "hf-ntp push OUTPUT_DIR/protected ORG/NAME"
+        )
     return recipe, config
 
 
@@ -223,6 +235,7 @@ def run(
     from hf_ntp.evaluation.runner import check_seeds
     from hf_ntp.functional import check_sample_sizes
     from hf_ntp.models import has_head, load_model, plain_model
+    from hf_ntp.publishing.card import NO_REPO
     from hf_ntp.publishing.report import build_record, build_results, write_report
     from hf_ntp.run_folder import Stopwatch, claim_run_folder, weight_digests, whole_folder
     from hf_ntp.training.checkpoint import last_checkpoint
@@ -237,6 +250,7 @@ def run(
     model, processor, rate, commit = base_model(
         recipe, config, next(iter(loaded.source.values()))["train"].features["label"].names
     )
+    domains.check_options(config, model, loaded)
     classes = config.source_loss != "features" and has_head(model, config.head_name)
     pixels = domains.as_pixels(loaded, processor, same_classes=classes)
     authorized = domains.part_of(pixels.source, "train")
@@ -308,5 +322,5 @@ def run(
             results, sources, targets, type(plain_model(trainer.model)).__name__, origin, config.summary(),
             found.first.sparsity, recipe.license, recipe.terms, third,
         )  # fmt: skip
-        write_report(folder, record, results, repo_id=recipe.repo_id)
+        write_report(folder, record, results, repo_id=recipe.repo_id or NO_REPO)
     return show(root)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 if TYPE_CHECKING:
     from datasets import DatasetDict
     from torch.utils.data import Dataset
-    from transformers import BaseImageProcessor
+    from transformers import BaseImageProcessor, PreTrainedModel
 
-    from hf_ntp import DomainReference, PixelDataset
+    from hf_ntp import DomainReference, NTPConfig, PixelDataset
     from hf_ntp.evaluation.measure import Measurement, SourceAccuracy, Transfer
     from hf_ntp.evaluation.utility import SourceUtility
 
@@ -47,7 +47,7 @@ def load(recipe: Any, side: str) -> dict[str, DatasetDict]:
         key.removeprefix(f"{side}_"): value for key, value in vars(recipe).items() if key.startswith(f"{side}_")
     }
     given = listed(options.pop("dataset"))
-    names = [domain_name(dataset) for dataset in given]
+    names = [domain_name(dataset, options["config"]) for dataset in given]
     if len(set(names)) < len(names):
         raise ValueError(
             f"--{side}_dataset is {' '.join(given)}; needed: domains with names of their own. Rename a folder."
@@ -75,6 +75,12 @@ def load_all(recipe: Any) -> Domains:
         load(recipe, "target"),
         {} if third is None else {domain_name(third): load_domain(third)},
     )
+    if both := sorted(domains.source.keys() & domains.target.keys()):
+        raise ValueError(
+            f"{', '.join(both)} would be the name of an authorized and of an unauthorized domain: record, card and "
+            "terms could not tell them apart. Needed: names of their own. Rename a folder, or save what you take of a "
+            "dataset under another name (Dataset.save_to_disk)."
+        )
     for side, group in domains._asdict().items():
         for name, parts in group.items():
             check_target(parts["train"]["label"], f"the {side}" if len(group) == 1 else f"the {side} {name!r}")
@@ -86,6 +92,34 @@ def load_all(recipe: Any) -> Domains:
         for seed in recipe.attack_seeds:
             nested_subsets(parts["attacker"]["label"], recipe.sample_sizes, seed)
     return domains
+
+
+def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -> None:
+    """Find out before a model is pretrained what NTPTrainer would refuse afterwards.
+
+    Args:
+        config: Configuration of the protection.
+        model: What will be protected.
+        domains: See :func:`load_all`.
+
+    Raises:
+        ValueError: For options that do not fit the model or the domains.
+        RuntimeError: If a tool that training is to be reported to is not installed.
+    """
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    from hf_ntp.models import prunable_weights, with_head
+    from hf_ntp.training.domains import NEIGHBOURHOOD, SOURCE, shares_of
+    from hf_ntp.training.pruning import check_pattern
+
+    targets = [NEIGHBOURHOOD] if config.target_access == "none" else list(domains.target)
+    shares_of(config.target_weights, targets, "target_weights")
+    shares_of(config.source_weights, list(domains.source) if len(domains.source) > 1 else [SOURCE], "source_weights")
+    network = with_head(model, config.head_name, config.encoder_name)
+    weights = prunable_weights(network, config.prune_include, config.prune_exclude, config.head_name)
+    check_pattern(weights, config.prune_pattern)
+    for callback in get_reporting_integration_callbacks(config.report_to):
+        callback()
 
 
 def as_pixels(domains: Domains, processor: BaseImageProcessor, same_classes: bool) -> Domains:

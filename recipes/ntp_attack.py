@@ -33,17 +33,28 @@ class AttackArguments:
     output_dir: str = field(metadata={"help": "Folder of this run."})
     unprotected: str | None = field(default=None, metadata={"help": "The model before protection, if there is one."})
     target_config: str | None = field(default=None, metadata={"help": "Configuration of that Hub dataset."})
+    target_split: str | None = field(default=None, metadata={"help": "Take only this split, and divide it."})
     target_revision: str | None = field(default=None, metadata={"help": "Revision of that Hub dataset."})
-    source_dataset: str | None = field(
-        default=None, metadata={"help": "Authorized domain, for the attacks that fine-tune on it first."}
-    )
-    source_max_samples: int = field(default=500, metadata={"help": "Authorized images that the attacker has."})
+    target_image_column: str | None = field(default=None, metadata={"help": "Its image column."})
+    target_label_column: str | None = field(default=None, metadata={"help": "Its label column."})
+    target_max_samples: int | None = field(default=None, metadata={"help": "Use at most so many images per split."})
     owner_fraction: float = field(
         default=0.75,
         metadata={
-            "help": "Share of the target's training images that protection has seen and that are left out; 0: none."
+            "help": "Share of the target's training images that protection has seen and that are left out; 0: none. "
+            "This and the options of the target above have to be those of the protection, or images that it has seen "
+            "are the attacker's."
         },
     )
+    source_dataset: str | None = field(
+        default=None, metadata={"help": "Authorized domain, for the attacks that fine-tune on it first."}
+    )
+    source_config: str | None = field(default=None, metadata={"help": "Configuration of that Hub dataset."})
+    source_split: str | None = field(default=None, metadata={"help": "Take only this split, and divide it."})
+    source_revision: str | None = field(default=None, metadata={"help": "Revision of that Hub dataset."})
+    source_image_column: str | None = field(default=None, metadata={"help": "Its image column."})
+    source_label_column: str | None = field(default=None, metadata={"help": "Its label column."})
+    num_source_images: int = field(default=500, metadata={"help": "Authorized images that the attacker has, at most."})
     attacks: list[str] = field(
         default_factory=lambda: ["decisive"], metadata={"help": "Names of attacks, 'decisive' or 'all'."}
     )
@@ -88,6 +99,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     import os
     from functools import partial
 
+    from hf_ntp.recipes import domains
     from transformers import AutoImageProcessor
 
     import hf_ntp
@@ -103,25 +115,23 @@ def main(argv: list[str]) -> dict[str, Any]:
     words = {"decisive": list(DECISIVE), "all": list(ATTACKS)}
     attacks = list(dict.fromkeys(name for word in arguments.attacks for name in words.get(word, [word])))
     protocol = hf_ntp.FineTuneProtocol(arguments.steps, arguments.batch_size, tuple(arguments.learning_rates))
-    target = hf_ntp.load_domain(
-        arguments.target_dataset, config=arguments.target_config, revision=arguments.target_revision
-    )
+    (target,) = domains.load(arguments, "target").values()
     check_target(target["train"]["label"])
     run = claim_run_folder(
         arguments.output_dir, {key: value for key, value in vars(arguments).items() if key != "jobs"}
     )
-    train = target["train"]
+    parts = {"attacker": target["train"], "validation": target["validation"], "test": target["test"]}
     if arguments.owner_fraction > 0:
-        _, train = hf_ntp.split_owner_attacker(train, arguments.owner_fraction)
+        _, parts["attacker"] = hf_ntp.split_owner_attacker(target["train"], arguments.owner_fraction)
     processor = AutoImageProcessor.from_pretrained(arguments.checkpoint, backend="pil")
     source = None
     if arguments.source_dataset is not None:
-        domain = hf_ntp.load_domain(arguments.source_dataset, max_samples=arguments.source_max_samples)
-        source = hf_ntp.PixelDataset.from_dataset(domain["train"], processor)
-    train, validation, test = (
-        hf_ntp.PixelDataset.from_dataset(part, processor) for part in (train, target["validation"], target["test"])
-    )
-    data = hf_ntp.AttackData(train, validation, test, source)
+        (domain,) = domains.load(arguments, "source").values()
+        images = domain["train"]
+        size = min(arguments.num_source_images, len(images))
+        images = images.select(hf_ntp.nested_subsets(images["label"], [size], seed=0)[size])
+        source = hf_ntp.PixelDataset.from_dataset(images, processor)
+    data = hf_ntp.AttackData(*(hf_ntp.PixelDataset.from_dataset(part, processor) for part in parts.values()), source)
     starts = {"protected": arguments.checkpoint}
     if arguments.unprotected is not None:
         starts["unprotected"] = arguments.unprotected
@@ -134,10 +144,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     results = run_attacks(
         starts, data, attacks, arguments.sample_sizes, arguments.seeds, protocol, run / "fits", arguments.jobs
     )
+    reference = hf_ntp.DomainReference.of(arguments.target_dataset, parts)
     results = {
         "checkpoint": arguments.checkpoint,
         "weights": weight_digests(local_folder(arguments.checkpoint)),
-        "target": hf_ntp.DomainReference.of(arguments.target_dataset, {"test": target["test"]}).dataset,
+        "target": reference.dataset,
+        "fingerprint": reference.fingerprint,
         **results,
     }
     if os.environ.get("RANK", "0") != "0":

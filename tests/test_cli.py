@@ -53,6 +53,15 @@ def test_one_json_document(folder, tmp_path, capsys):
     assert json.loads(run(capsys, "info", folder, "--json")[1].out) == found["record"]
 
 
+def test_a_card_that_names_no_repository_is_not_published(folder, hub, capsys):
+    write_report(folder, make_record(make_results()), make_results())
+    code, printed = run(capsys, "push", folder, "org/model")
+    assert code == 1
+    assert f"Run hf-ntp report {folder} --repo_id org/model first" in printed.err
+    assert run(capsys, "report", folder, "--repo_id", "org/model")[0] == 0
+    assert run(capsys, "push", folder, "org/model")[0] == 0
+
+
 def test_signed_and_pushed_in_one_go(folder, hub, tmp_path, capsys):
     private, public = make_keys(tmp_path)
     code, printed = run(capsys, "push", folder, "org/model", "--private_key", private, "--gated", "manual", "--json")
@@ -96,9 +105,19 @@ def test_a_compressed_copy_verifies(folder, tmp_path, capsys):
     model.save_pretrained(folder)
     code, printed = run(capsys, "compress", folder, tmp_path / "small")
     assert (code, "is not the one" in printed.err or "changed" in printed.err) == (1, True), printed.err
-    write_report(folder, make_record(make_results()), make_results())
+    write_report(folder, make_record(make_results()), make_results(), repo_id="org/photos-only")
     assert run(capsys, "compress", folder, tmp_path / "small")[0] == 0
     verify_folder(tmp_path / "small")
+    card, loading = (
+        (tmp_path / "small" / "README.md").read_text(),
+        "```python\nimport hf_ntp  # tells transformers how",
+    )
+    assert loading in card, "without hf_ntp loading is an error"
+    assert "Load it as any other model" not in card
+    assert run(capsys, "report", tmp_path / "small")[0] == 0
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert loading in card
+    assert '.from_pretrained("org/photos-only")' in card, "the name it had"
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 

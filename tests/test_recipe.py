@@ -196,6 +196,11 @@ def test_several_domains_a_third_and_no_access(recipe, tmp_path):
     ("options", "error", "message"),
     [
         (["--source_dataset", "mnist", "mnist"], ValueError, "domains with names of their own"),
+        (["--target_dataset", "mnist"], ValueError, "mnist would be the name of an authorized and of an unauthorized"),
+        (["--target_weights", '{"digits": 1}'], ValueError, "target_weights are for 'digits'; needed: .*'optdigits'"),
+        (["--prune_exclude", "."], ValueError, "no prunable weight left"),
+        (["--prune_pattern", "2:7"], ValueError, "2:7"),
+        (["--report_to", "mlflow"], RuntimeError, "mlflow"),
         (["--third_dataset", "nothing/here"], (ConnectionError, FileNotFoundError), "nothing/here"),
         (["--target_weights", "optdigits"], ValueError, "target_weights is 'optdigits'"),
         (["--sample_sizes", "10", "100000"], ValueError, "sample_sizes"),
@@ -272,9 +277,16 @@ def test_the_command_line_overrides_the_file(recipe, tmp_path):
     assert (ntp.sparsity, ntp.rho, arguments.sample_sizes) == (0.6, 0.5, [5, 7])
 
 
-def test_epochs_on_the_command_line_replace_the_files_steps(recipe, tmp_path):
-    _, ntp = recipe.parse(["--output_dir", str(tmp_path), "--num_train_epochs", "3", "--report_to", "none"])
+@pytest.mark.parametrize("epochs", [["--num_train_epochs", "3"], ["--num_train_epochs=3"], ["--num-train-epochs=3"]])
+def test_epochs_on_the_command_line_replace_the_files_steps(recipe, tmp_path, epochs):
+    _, ntp = recipe.parse(["--output_dir", str(tmp_path), *epochs, "--report_to", "none"])
     assert (ntp.num_train_epochs, ntp.max_steps) == (3.0, -1)
+
+
+def test_pushing_is_a_step_of_its_own(recipe, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        recipe.parse(["--output_dir", str(tmp_path), "--push_to_hub", "true", "--hub_strategy", "end"])
+    assert "hf-ntp push OUTPUT_DIR/protected" in capsys.readouterr().err
 
 
 def test_help_is_quick():
@@ -309,6 +321,9 @@ def test_attacking_the_result(finished, tmp_path):
     assert results["not_run"]["unprotected"] == {"mask_kept": "the checkpoint has no zeros"}
     assert done.stdout.count((tmp_path / "out" / "table.md").read_text()) == 1
     assert len(list((tmp_path / "out" / "fits").iterdir())) == results["fits"]
+    (unauthorized,) = read_record(run / "protected")["unauthorized_domains"]
+    assert results["fingerprint"].items() <= unauthorized["fingerprint"].items(), "the protection's own division"
+    assert set(unauthorized["fingerprint"]) - set(results["fingerprint"]) == {"owner"}
     assert Image.open(tmp_path / "out" / "attacks.png").size[0] > 500
     again = attack(run, tmp_path / "out", *options)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results

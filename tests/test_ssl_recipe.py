@@ -43,6 +43,17 @@ def test_readme_launches_this_recipe():
     assert "accelerate launch recipes/ntp_ssl.py --pretraining mae" in (ROOT / "README.md").read_text()
 
 
+def test_a_preset_goes_before_the_recipes_own_file(tmp_path):
+    """And a file that was asked for before the preset."""
+    paper, other = "--preset paper", tmp_path / "other.yaml"
+    other.write_text("sparsity: 0.3\n")
+    for options, sparsity, attackers in (("", 0.5, 4), (paper, 0.9, 0), (f"{paper} --config {other}", 0.3, 0)):
+        _, config = ntp_ssl.parse(["--output_dir", str(tmp_path), "--report_to", "none", *options.split()])
+        assert (config.sparsity, config.attackers, config.source_loss) == (
+            sparsity, attackers, "auto" if "config" in options else "features"
+        )  # fmt: skip
+
+
 def given(folder, model):
     """Save a model with an image processor, as anybody would have it."""
     model.save_pretrained(folder)

@@ -179,7 +179,8 @@ def _preprocess(
     if len(dataset) == 0:
         raise ValueError("found a dataset without rows; one image at least is needed. Check its filters.")
     columns = list(find_columns(dataset))
-    dataset = dataset.select_columns(columns).with_format(None)
+    # Decoded row by row here, so that an error can say which.
+    dataset = dataset.select_columns(columns).with_format(None).cast_column(columns[0], datasets.Image(decode=False))
     shape = _resized([_rgb_row(dataset[0][columns[0]], 0)], image_processor).shape[1:]
     label = dataset.features[columns[1]]
     features = datasets.Features({"pixels": datasets.Array3D(shape, "uint8"), "label": label})
@@ -202,7 +203,7 @@ def _preprocess(
 
 
 def _store_pixels(
-    images: list[Image.Image | None],
+    images: list[dict[str, Any] | None],
     labels: list[Any],
     rows: list[int],
     image_processor: BaseImageProcessor,
@@ -215,14 +216,19 @@ def _store_pixels(
     return {"pixels": pixels, "label": labels}
 
 
-def _rgb_row(image: Image.Image | None, row: int) -> Image.Image:
-    """Return ``to_rgb(image)``; errors name the row."""
-    if image is None:
+def _rgb_row(stored: dict[str, Any] | None, row: int) -> Image.Image:
+    """Decode an image and return ``to_rgb`` of it; errors name the row, and the file where there is one."""
+    if stored is None:
         raise ValueError(f"row {row} has no image; every row needs one. Filter such rows out first.")
+    place = f"row {row} ({stored['path']})" if stored["path"] else f"row {row}"
+    try:
+        image = datasets.Image().decode_example(stored)
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
+        raise ValueError(f"{place}: the image cannot be read ({error}). Repair or remove it.") from error
     try:
         return to_rgb(image)
     except ValueError as error:
-        raise ValueError(f"row {row}: {error}") from error
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _pixels_fingerprint(dataset: datasets.Dataset, image_processor: BaseImageProcessor) -> str:

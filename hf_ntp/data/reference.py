@@ -12,9 +12,10 @@ import datasets
 from .columns import dataset_fingerprint
 
 
-def domain_name(dataset: str) -> str:
-    """What reports call a domain: the last part of its path or id."""
-    return Path(dataset).stem if Path(dataset).exists() else dataset.rpartition("/")[2]
+def domain_name(dataset: str, config: str | None = None) -> str:
+    """What reports call a domain: the last part of its path or id, and its configuration where one was chosen."""
+    name = Path(dataset).stem if Path(dataset).exists() else dataset.rpartition("/")[2]
+    return name if config is None else f"{name}-{config}"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class DomainReference:
         """
         local = Path(dataset).exists()
         return cls(
-            name=domain_name(dataset),
+            name=domain_name(dataset, config),
             dataset=Path(dataset).name if local else dataset,
             config=config,
             revision=revision,

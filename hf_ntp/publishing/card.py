@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+CARD_FILE = "README.md"
+NO_REPO = "path/to/this/folder"
+"""What a card tells users to load as long as no repository is known."""
 ARM_LABELS = {
     "unprotected": "before protection",
     "protected_mask": "protected, mask kept",
@@ -40,6 +45,12 @@ _MEASURES = {
     "linear_probe": "accuracy of a linear probe",
     "knn": "accuracy of nearest neighbours",
 }
+# What stands before the lines that load the model.
+_DENSE = "Load it as any other model:\n\n```python"
+_COMPRESSED = (
+    "Its weights are stored without their zeros, which takes `hf_ntp` to read (`pip install hf-ntp`):\n\n"
+    "```python\nimport hf_ntp  # tells transformers how to read these weights"
+)
 
 
 def template_path() -> str:
@@ -104,8 +115,23 @@ def _result(domain: Mapping[str, Any], metric: str, label: str, value: float) ->
     )
 
 
+def card_repo_id(folder: str | Path) -> str:
+    """What the card in a folder tells users to pass to ``from_pretrained``; ``NO_REPO`` where it does not say."""
+    try:
+        card = (Path(folder) / CARD_FILE).read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return NO_REPO
+    found = re.search(r"from_pretrained\(\"([^\"]+)\"\)", card)
+    return found[1] if found else NO_REPO
+
+
+def compressed_card(card: str) -> str:
+    """Return a card, as it was rendered or edited since, with what it takes to load weights without their zeros."""
+    return card.replace(_DENSE, _COMPRESSED)
+
+
 def render_card(
-    record: Mapping[str, Any], repo_id: str = "path/to/this/folder", figures: Sequence[str] = ()
+    record: Mapping[str, Any], repo_id: str = NO_REPO, figures: Sequence[str] = (), compressed: bool = False
 ) -> ModelCard:
     """Render the card of a protected model.
 
@@ -113,6 +139,7 @@ def render_card(
         record: Authorization record; every number of the card is in it.
         repo_id: What users pass to ``from_pretrained``.
         figures: Names of pictures in the folder.
+        compressed: Whether the weights are stored without their zeros, which transformers alone cannot read.
     """
     return ModelCard.from_template(
         card_data(record, repo_id.rpartition("/")[2]),
@@ -120,6 +147,7 @@ def render_card(
         record=record,
         auto_class="AutoModelForImageClassification" if _classifies(record) else "AutoModel",
         repo_id=repo_id,
+        loading=_COMPRESSED if compressed else _DENSE,
         figures=figures,
         authorized=_names(record["authorized_domains"]),
         unauthorized=_names(record["unauthorized_domains"]),

@@ -10,6 +10,7 @@ from ..data import DomainReference
 from ..evaluation.measure import measure_sparsity
 from ..models import has_head, plain_model
 from ..training.domains import Joined
+from .card import NO_REPO
 from .report import build_record, write_report
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def write_folder(
     trainer: NTPTrainer,
     folder: str | Path,
-    repo_id: str = "path/to/this/folder",
+    repo_id: str = NO_REPO,
     source: Sequence[DomainReference] | None = None,
     targets: Sequence[DomainReference] | None = None,
     license: str = "other",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
 from ..metrics import SLC_AUC
+from .card import CARD_FILE, NO_REPO
 from .hub_requests import REQUEST_TIMEOUT, HubError, bounded_requests, explained
 from .record import RECORD_FILE, SIGNATURE_FILE
 from .verify import verify_folder
@@ -52,14 +53,19 @@ def push_folder(
 
     Raises:
         RecordError: If there is no record, the folder is not the one it speaks of, or the signature does not fit.
-        ValueError: If the card's metadata is invalid, or the repository is public and ``private`` was not set to
-            False.
+        ValueError: If the card's metadata is invalid or it names no repository, or the repository is public and
+            ``private`` was not set to False.
         HubError: If the Hub cannot be reached or refuses; the branch is as it was before, unless the message says
             otherwise.
     """
     if gated not in ("auto", "manual", False):
         raise ValueError(f"found gated={gated!r}; needed: 'auto', 'manual' or False")
     verified = verify_folder(folder, public_key)
+    if (Path(folder) / CARD_FILE).exists() and f'"{NO_REPO}"' in (Path(folder) / CARD_FILE).read_text("utf-8"):
+        raise ValueError(
+            f"the card in {folder} tells people to load {NO_REPO!r}; needed: the name of the repository. Run "
+            f"hf-ntp report {folder} --repo_id {repo_id} first, then sign the folder if it was signed."
+        )
     names = [*verified.record["files"], RECORD_FILE]
     # No part of the record: the Hub keeps the latter itself where a folder has none.
     names += [name for name in (SIGNATURE_FILE, _GIT_ATTRIBUTES) if (Path(folder) / name).is_file()]

@@ -14,10 +14,10 @@ from ..data import DomainReference
 from ..evaluation.measure import Measurement, SourceAccuracy, SparsityReport, Transfer
 from ..evaluation.summary import retained, summarize
 from ..evaluation.utility import SourceUtility
-from ..models.sparse_storage import compress_folder
+from ..models.sparse_storage import SPARSE_FILE, compress_folder
 from ..run_folder import weight_digests, whole_file
 from .attack_report import plot_attacks
-from .card import ARM_LABELS, render_card
+from .card import ARM_LABELS, CARD_FILE, NO_REPO, card_repo_id, compressed_card, render_card
 from .evidence import (
     measured_sources,
     measured_targets,
@@ -169,7 +169,7 @@ def write_report(
     record: Mapping[str, Any],
     results: Mapping[str, Any] | None = None,
     attacks: Mapping[str, Any] | None = None,
-    repo_id: str = "path/to/this/folder",
+    repo_id: str = NO_REPO,
 ) -> None:
     """Write results, figures, model card and, last, the authorization record beside the weights of a protected model.
 
@@ -189,24 +189,23 @@ def write_report(
         _write_json(folder / ATTACKS_FILE, attacks)
         plot_attacks(attacks, folder / ATTACKS_FIGURE, f"What the checkpoint is worth on {title}")
     figures = [name for name in (CURVES_FIGURE, ATTACKS_FIGURE) if (folder / name).exists()]
-    with whole_file(folder / "README.md") as staged:
-        staged.write_text(str(render_card(record, repo_id, figures)), encoding="utf-8")
+    card = render_card(record, repo_id, figures, compressed=(folder / SPARSE_FILE).exists())
+    with whole_file(folder / CARD_FILE) as staged:
+        staged.write_text(str(card), encoding="utf-8")
     write_record(folder, record)
 
 
-def refresh_report(
-    folder: str | Path, attacks: str | Path | None = None, repo_id: str = "path/to/this/folder"
-) -> None:
+def refresh_report(folder: str | Path, attacks: str | Path | None = None, repo_id: str | None = None) -> None:
     """Write card, figures and record of a folder anew, optionally with the result of an attack suite.
 
     Args:
         folder: As :func:`write_report` left it, or edited since. A signature is no longer valid and is removed.
         attacks: ``results.json`` of ``recipes/ntp_attack.py`` on this very model.
-        repo_id: What the card tells users to pass to ``from_pretrained``.
+        repo_id: What the card tells users to pass to ``from_pretrained``; default what it says already.
 
     Raises:
-        ValueError: If the suite was run on other weights, or on a domain that the record does not name, or the
-            weights are not those that were measured.
+        ValueError: If the suite was run on other weights, or on a domain that the record does not name, or with
+            images that the protection may have seen, or the weights are not those that were measured.
     """
     folder = Path(folder)
     record = read_record(folder)
@@ -223,11 +222,11 @@ def refresh_report(
         evidence.append(_checked(found, weights, record, folder))
     record = {**record, "evidence": evidence, "not_tested": not_tested(evidence)}
     (folder / SIGNATURE_FILE).unlink(missing_ok=True)
-    write_report(folder, record, results, found, repo_id)
+    write_report(folder, record, results, found, repo_id or card_repo_id(folder))
 
 
 def compress_report(folder: str | Path, out: str | Path) -> Path:
-    """Copy the folder of a protected model with the weights stored without their zeros, and a record that fits.
+    """Copy the folder of a protected model with the weights stored without their zeros, and card and record that fit.
 
     Sign it anew. See :func:`hf_ntp.compress_folder` for what loads it.
 
@@ -245,6 +244,9 @@ def compress_report(folder: str | Path, out: str | Path) -> Path:
     record = verify_folder(folder).record
     out = compress_folder(folder, out)
     (out / SIGNATURE_FILE).unlink(missing_ok=True)
+    card = out / CARD_FILE
+    if card.exists():
+        card.write_text(compressed_card(card.read_text(encoding="utf-8")), encoding="utf-8")
     write_record(out, record)
     return out
 
@@ -258,13 +260,23 @@ def _checked(
             f"the attacks were run on {attacks.get('checkpoint')}, whose weights are not those of {folder}; needed: "
             "the result of the attacks on this very model. Run recipes/ntp_attack.py with --checkpoint on it."
         )
-    domains = {domain["dataset"]: domain["name"] for domain in record["unauthorized_domains"]}
+    domains = {domain["dataset"]: domain for domain in record["unauthorized_domains"]}
     if attacks["target"] not in domains:
         raise ValueError(
             f"the attacks were run on the domain {attacks['target']}; needed: one that the record calls unauthorized "
             f"({', '.join(domains)})."
         )
-    return suite_measurement(attacks, domains[attacks["target"]])
+    domain = domains[attacks["target"]]
+    noted, used = domain["fingerprint"], attacks.get("fingerprint", {})
+    others = [part for part in ("attacker", "validation", "test") if noted.get(part) != used.get(part)]
+    if "owner" in noted and others:
+        raise ValueError(
+            f"the attacks on {domain['name']} were run with other images than those that the protection left to an "
+            f"attacker (by the record's fingerprints of {', '.join(others)}): it may have seen some of them. Needed: "
+            "the same division. Run recipes/ntp_attack.py with the protection's --owner_fraction and --target_... "
+            "options."
+        )
+    return suite_measurement(attacks, domain["name"])
 
 
 def _read_json(path: Path, missing_ok: bool = True) -> dict[str, Any] | None:

@@ -212,6 +212,18 @@ def test_bad_images_are_named_by_row(problem):
         PixelDataset.from_dataset(labelled([GREY, GREY, bad, GREY]), VIT)
 
 
+def test_broken_files_are_named(tmp_path):
+    """One truncated file among thousands: which?"""
+    for name in ("good", "bad"):
+        random_images(1, 40, 40, 3)[0].save(tmp_path / f"{name}.png")
+    whole = (tmp_path / "bad.png").read_bytes()
+    paths = [str(tmp_path / f"{name}.png") for name in ("good", "good", "bad")]
+    for content in (whole[: len(whole) // 2], b"", b"no image"):
+        (tmp_path / "bad.png").write_bytes(content)
+        with pytest.raises(ValueError, match=r"row 2 \(.*bad.png\): the image cannot be read .*Repair or remove it"):
+            PixelDataset.from_dataset(labelled(paths), VIT)
+
+
 def test_labels_are_checked_before_any_work():
     with pytest.raises(ValueError, match=r"row 1 has label -1 .*from 0 to 1"):
         PixelDataset.from_dataset(labelled([GREY, GREY], [0, -1]), VIT)

@@ -81,6 +81,7 @@ def make_attacks():
     return {
         "checkpoint": "runs/protected",
         "target": "org/scans",
+        "fingerprint": {"attacker": "c" * 64},
         "sample_sizes": [10, 100],
         "seeds": [0, 1],
         "protocol": {"steps": 600, "batch_size": 32, "learning_rates": [1e-3, 3e-3]},

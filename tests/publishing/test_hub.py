@@ -10,6 +10,8 @@ from huggingface_hub import HfApi, ModelCard, constants
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessorPil, ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_ntp import load_protected, push_folder, read_record, sign_folder
+from hf_ntp.evaluation.cache import local_folder
+from hf_ntp.models import load_model
 from hf_ntp.publishing.fetching import fetch_record, verify_checkpoint
 from hf_ntp.publishing.hub import push_metric
 from hf_ntp.publishing.hub_requests import HubError
@@ -94,6 +96,18 @@ def test_what_is_pushed_is_loaded(hub, tmp_path, kind, stored):
     assert loaded.record["terms"]["text"] == "Photos only."
     assert hub.model(REPO).files == content(folder)
     assert ModelCard.load(REPO).data.tags == ["non-transferable-pruning"]
+
+
+def test_a_checkpoint_in_several_files_is_attacked_as_any_other(hub, tmp_path):
+    """Which file holds what is in one more."""
+    folder = write_folder(tmp_path / "made")
+    (folder / "model.safetensors").unlink()
+    tiny_vit().save_pretrained(folder, max_shard_size="4KB")
+    write_record(folder, minimal_record())
+    push_folder(folder, "org/shards")
+    fetched = local_folder("org/shards")
+    assert len(list(Path(fetched).glob("*.safetensors"))) > 1
+    assert equal_weights(load_model(fetched), tiny_vit())
 
 
 def test_all_files_arrive_in_one_commit_of_a_private_repository(hub, folder):

@@ -220,5 +220,14 @@ def test_attacks_on_another_model_or_domain_are_refused(folder, attacks, written
         refresh_report(folder, written(attacks))
 
 
+@pytest.mark.parametrize("fingerprint", [{"attacker": "e" * 64}, {"attacker": "c" * 64, "test": "e" * 64}, None])
+def test_attacks_with_images_that_the_protection_saw_are_refused(folder, attacks, written, fingerprint):
+    attacks |= {"weights": weight_digests(folder), "fingerprint": fingerprint}
+    if fingerprint is None:
+        del attacks["fingerprint"]
+    with pytest.raises(ValueError, match=r"on scans were run with other images .*prints of (attack|test)"):
+        refresh_report(folder, written(attacks))
+
+
 if __name__ == "__main__":
     EXAMPLE.write_text(str(render_card(make_record(make_results()), "org/photos-only", ["slc.png"])))
