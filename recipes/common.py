@@ -187,10 +187,12 @@ def given_model(recipe: RecipeArguments, model: PreTrainedModel, rate: float | N
     """Complete what was loaded from ``recipe.model_name_or_path``; ``rate`` as in :class:`BaseModel`."""
     from transformers import AutoImageProcessor
 
+    from hf_ntp.models import hub_commit
+
     processor = AutoImageProcessor.from_pretrained(
         recipe.model_name_or_path, revision=recipe.model_revision, backend="pil"
     )
-    return BaseModel(model, processor, rate, getattr(model.config, "_commit_hash", None))
+    return BaseModel(model, processor, rate, hub_commit(str(recipe.model_name_or_path), recipe.model_revision))
 
 
 def save(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
@@ -309,6 +311,7 @@ def run(
         "name": None if name is None or Path(name).exists() else name,
         "revision": commit,
         "weights": weight_digests(base),
+        **({} if name is None or rate is None else {"fine_tuning_steps": recipe.pretrain_steps}),
     }
     with whole_folder(root / "protected") as folder:
         shutil.copytree(weights, folder, dirs_exist_ok=True)

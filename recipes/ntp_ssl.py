@@ -13,8 +13,8 @@ Your own encoder (DINOv2, DINOv3, ViTMAE, I-JEPA, ...) as it is, from the Hub or
 
 What the encoder is to its owner is kept by staying close to the original's features on authorized images, and measured
 before and after by a linear probe and nearest neighbours there; a masked autoencoder may keep its own loss instead
-(--source_loss reconstruction). All else is as in recipes/ntp_vit.py, which can also
-fine-tune such an encoder on labelled authorized images first and protect the classifier, as in the NTP paper.
+(--source_loss reconstruction). All else is as in recipes/ntp_vit.py, which can also fine-tune such an encoder on
+labelled authorized images first and protect the classifier, as in the NTP paper.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ Every option of NTPConfig and transformers.TrainingArguments is understood too; 
 (the default one holds the numbers of steps of the demo). The result is OUTPUT_DIR/protected. Running the same command
 again continues an interrupted run; SIGTERM or Ctrl-C during protection saves a checkpoint first.
 
-An encoder without a head (DINOv2, ViTMAE, ...) gets one and is fine-tuned on the source first, as in the NTP paper.
-With --source_loss features it stays as it is, without a head: recipes/ntp_ssl.py has defaults for that.
+An encoder without a head (ViT, DINOv2, I-JEPA, ...) gets one, where transformers has a classifier of its family, and
+is fine-tuned on the source first, as in the NTP paper. With --source_loss features it stays as it is, without a head:
+recipes/ntp_ssl.py has defaults for that.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def parse(argv: list[str]) -> tuple[ViTArguments, NTPConfig]:
 def base_model(recipe: ViTArguments, config: NTPConfig, labels: list[str]) -> BaseModel:
     """Load the model to protect, or make a small ViT, and tell whether it knows the source's classes."""
     import torch
-    from transformers import AutoModelForImageClassification
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForImageClassification
 
     from hf_ntp.models import find_head, load_model, replace_head
     from hf_ntp.training.pretraining import small_vit
@@ -59,12 +60,19 @@ def base_model(recipe: ViTArguments, config: NTPConfig, labels: list[str]) -> Ba
     name, revision = recipe.model_name_or_path, recipe.model_revision
     if config.source_loss == "features":
         return given_model(recipe, load_model(name, config.head_name, config.encoder_name, revision=revision))
+    kind = type(AutoConfig.from_pretrained(name, revision=revision))
+    if kind not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"{name} has a {kind.__name__}, for which transformers has no image classifier; needed: a model that can "
+            "have a head, to fine-tune it on the source. Protect the encoder as it is: recipes/ntp_ssl.py with the "
+            "same options."
+        )
     model, loading = AutoModelForImageClassification.from_pretrained(
         name, revision=revision, dtype=torch.float32, output_loading_info=True
     )
     found = [model.config.id2label[i] for i in range(model.config.num_labels)]
     generic = found == [f"LABEL_{i}" for i in range(len(labels))]
-    headless = any(key.startswith(find_head(model)[0]) for key in loading["missing_keys"])
+    headless = any(key.startswith(find_head(model, config.head_name)[0]) for key in loading["missing_keys"])
     if not headless and (found == labels or generic):
         return given_model(recipe, model)
     print(
@@ -72,7 +80,7 @@ def base_model(recipe: ViTArguments, config: NTPConfig, labels: list[str]) -> Ba
         f"{len(labels)}: {', '.join(labels[:4])}, ...). It gets a new head and is fine-tuned on the source for "
         f"{recipe.pretrain_steps} steps first."
     )
-    replace_head(model, labels)
+    replace_head(model, labels, head_name=config.head_name)
     return given_model(recipe, model, rate or 5e-5)
 
 

@@ -12,15 +12,23 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    ViTImageProcessorPil,
+)
 
 from hf_ntp import read_record
 from hf_ntp.models import prunable_weights, zero_fraction
 from hf_ntp.training.arguments import ProtectionArguments
 
 from .conftest import tiny_resnet
+from .hub_server import OWNER
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "ntp_vit.py"
@@ -169,6 +177,9 @@ def test_your_own_model_and_folders_of_images(recipe, tmp_path):
     assert model.config.id2label == {0: "bright", 1: "dark"}
     record = read_record(tmp_path / "run" / "protected")
     assert record["authorized_domains"][0]["classes"] == ["bright", "dark"]
+    assert record["base_model"]["fine_tuning_steps"] == 10
+    card = (tmp_path / "run" / "protected" / "README.md").read_text()
+    assert "Base model: not on the Hub, with a new head and fine-tuned on ours for 10 steps" in card
     assert str(tmp_path) not in (tmp_path / "run" / "protected" / "authorization.json").read_text()
 
 
@@ -242,6 +253,31 @@ def test_a_model_of_other_classes_is_not_taken_as_trained(recipe, tmp_path, caps
     assert recipe.base_model(arguments, config, digits).learning_rate == 5e-5
     assert "does not classify the source (10 classes: animal0" in capsys.readouterr().out
     assert recipe.base_model(arguments, config, [f"animal{i}" for i in range(10)]).learning_rate is None
+
+
+def test_a_model_from_the_hub_is_named_with_its_commit(recipe, hub, tmp_path):
+    tiny_resnet(num_labels=10).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    api, commits = HfApi(token=OWNER), []
+    api.create_repo("org/base")
+    for text in ("first", "second"):
+        (tmp_path / "notes.txt").write_text(text)
+        commits.append(api.upload_folder(repo_id="org/base", folder_path=tmp_path).oid)
+    digits = [str(i) for i in range(10)]
+    for options, commit in (([], commits[1]), (["--model_revision", commits[0]], commits[0])):
+        arguments, config = recipe.parse(["--model_name_or_path", "org/base", *options])
+        assert recipe.base_model(arguments, config, digits).revision == commit
+
+
+def test_which_of_two_heads(recipe, tmp_path):
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = DeiTForImageClassificationWithTeacher(DeiTConfig(image_size=8, patch_size=4, num_labels=3, **size))
+    model.save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    arguments, config = recipe.parse(["--model_name_or_path", str(tmp_path), "--head_name", "cls_classifier"])
+    made = recipe.base_model(arguments, config, ["cat", "dog"])
+    assert made.learning_rate == 5e-5
+    assert (made.model.cls_classifier.out_features, made.model.distillation_classifier.out_features) == (2, 3)
 
 
 def test_two_processes(tmp_path):

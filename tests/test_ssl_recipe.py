@@ -79,6 +79,13 @@ def test_a_masked_autoencoder_stays_one(finished):
     assert model(torch.zeros(1, 3, 16, 16)).loss.isfinite()
 
 
+def test_no_classifier_for_a_masked_autoencoder(finished, tmp_path):
+    options = ["--model_name_or_path", str(finished[0] / "unprotected"), "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match=r"has a ViTMAEConfig, for which transformers has no image .*ntp_ssl.py"):
+        ntp_vit.main([*options, *QUICK])
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_interrupted_run_ends_the_same(finished, tmp_path, monkeypatch):
     save = NTPTrainer._save_checkpoint
 

@@ -25,6 +25,7 @@ from .encoder import (
 from .headless import (
     EncoderWithHead,
     has_head,
+    hub_commit,
     load_model,
     mask_noise,
     plain_model,
@@ -47,6 +48,7 @@ __all__ = [
     "frozen_batch_norm_statistics",
     "has_batch_norm",
     "has_head",
+    "hub_commit",
     "layers_with_weights",
     "live_weights",
     "load_model",

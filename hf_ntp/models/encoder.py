@@ -60,13 +60,16 @@ def find_head(model: PreTrainedModel, head_name: str | None = None) -> tuple[str
 
 def class_names(model: PreTrainedModel) -> list[str] | None:
     """Names of a model's classes in the order of its outputs; None where ``id2label`` has placeholders ("LABEL_0")."""
-    labels = model.config.id2label or {}
+    labels: dict[Any, str] = model.config.id2label or {}
     names = [str(labels.get(i)) for i in range(len(labels))]
     return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
 def replace_head(
-    model: PreTrainedModel, labels: int | Sequence[str], generator: torch.Generator | None = None
+    model: PreTrainedModel,
+    labels: int | Sequence[str],
+    generator: torch.Generator | None = None,
+    head_name: str | None = None,
 ) -> None:
     """Put a fresh linear head on the encoder, in place.
 
@@ -76,8 +79,9 @@ def replace_head(
         model: Any model that :func:`find_head` understands.
         labels: Number or names of the classes of the new task.
         generator: Source of randomness, for reproducible heads.
+        head_name: See :func:`find_head`.
     """
-    name, old = find_head(model)
+    name, old = find_head(model, head_name)
     num_labels = labels if isinstance(labels, int) else len(labels)
     model.set_submodule(name, fresh_head(old.in_features, num_labels, model, generator))
     model.config.num_labels = num_labels

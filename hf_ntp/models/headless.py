@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from .encoder import fresh_head
 
@@ -82,6 +84,18 @@ def load_model(
     else:
         model = untrained(kind, config).float()
     return with_head(model, head_name, encoder_name)
+
+
+def hub_commit(checkpoint: str, revision: str | None = None) -> str | None:
+    """Commit on the Hub of a checkpoint that was loaded by id; None for a folder.
+
+    Args:
+        checkpoint: Folder or Hub id.
+        revision: Branch, tag or commit it was loaded by.
+    """
+    if Path(checkpoint).exists():
+        return None
+    return extract_commit_hash(cached_file(checkpoint, CONFIG_NAME, revision=revision), None)
 
 
 def untrained(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

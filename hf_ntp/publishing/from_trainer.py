@@ -54,13 +54,14 @@ def write_folder(
     images = trainer.train_dataset.source
     authorized = list(images.parts) if isinstance(images, Joined) else ["source"]
     named = {name: [str(i) for i in range(int(labels.max()) + 1)] for name, labels in trainer.target_labels.items()}
-    name, revision = getattr(model.config, "_name_or_path", ""), getattr(model.config, "_commit_hash", None)
+    name = getattr(model.config, "_name_or_path", "")
     record = build_record(
         None,
         source or [DomainReference(name, name, None, None, {}, classes) for name in authorized],
         targets or [DomainReference(name, name, None, None, {}, labels) for name, labels in named.items()],
         type(plain_model(model)).__name__,
-        {"name": name if revision else None, "revision": revision, "weights": None},
+        # What was loaded by id may be any commit: a loaded model does not say which.
+        {"name": name if name and not Path(name).exists() else None, "revision": None, "weights": None},
         trainer.args.summary(),
         measure_sparsity(model, images),
         license,

@@ -131,7 +131,8 @@ def build_record(
         source: Authorized domains.
         target: Unauthorized domains.
         architecture: Name of the class of transformers that loads the model.
-        base_model: "name" (Hub id or None), "revision" and "weights" (digest of every file).
+        base_model: "name" (Hub id or None), "revision", "weights" (digest of every file) and, where it was trained on
+            the authorized domain first, "fine_tuning_steps".
         settings: Everything that determined the run.
         sparsity: Zeros of the published weights.
         license: Licence id as the Hub spells it.

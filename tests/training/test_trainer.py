@@ -5,6 +5,7 @@ import re
 import datasets
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from hf_ntp.models import scale_free_weights, zero_fraction
 from hf_ntp.training.guard import SourceGuard
 
 from ..conftest import Rows, learn, tiny_resnet, tiny_vit
+from ..hub_server import OWNER
 
 NOTHING = object()  # stands for no target data at all
 # What is not in it is the source loss and ADMM alone.
@@ -613,6 +615,18 @@ def test_push_an_encoder_without_a_head(hub, tmp_path):
     loaded = load_protected("org/encoder", verify="digests")
     assert type(loaded.model).__name__ == loaded.record["architecture"] == "ViTModel"
     assert 'AutoModel.from_pretrained("org/encoder")' in hub.model("org/encoder").files["README.md"].decode()
+
+
+def test_the_record_names_what_was_loaded_by_id(hub, tmp_path):
+    tiny_vit().save_pretrained(tmp_path / "base")
+    HfApi(token=OWNER).create_repo("org/base")
+    HfApi(token=OWNER).upload_folder(repo_id="org/base", folder_path=tmp_path / "base")
+    for name, known in (("org/base", "org/base"), (str(tmp_path / "base"), None)):
+        ours = trainer(tmp_path / "run", model=name, hub_model_id="org/protected")
+        ours.train()
+        ours.push_to_hub()
+        record = load_protected("org/protected", verify="digests").record
+        assert record["base_model"] == {"name": known, "revision": None, "weights": None}
 
 
 def test_push_at_the_end_of_training(hub, tmp_path):
