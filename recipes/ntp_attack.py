@@ -131,8 +131,8 @@ def main(argv: list[str]) -> dict[str, Any]:
         size = min(arguments.num_source_images, len(images))
         images = images.select(hf_ntp.nested_subsets(images["label"], [size], seed=0)[size])
         source = hf_ntp.PixelDataset.from_dataset(images, processor)
-    pixels = [hf_ntp.PixelDataset.from_dataset(part, processor) for part in parts.values()]
-    data = hf_ntp.AttackData(*pixels, source=source)
+    train, validation, test = (hf_ntp.PixelDataset.from_dataset(part, processor) for part in parts.values())
+    data = hf_ntp.AttackData(train, validation, test, source)
     starts = {"protected": arguments.checkpoint}
     if arguments.unprotected is not None:
         starts["unprotected"] = arguments.unprotected
