@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -339,6 +339,11 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
             {"pixel_values": image, "labels": int(self._labels[index])}
             for image, index in zip(pixels, indices, strict=True)
         ]
+
+    def batches(self, size: int = 256) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All rows as :meth:`tensors` gives them, ``size`` at a time: as float32 a whole set may exceed memory."""
+        for begin in range(0, len(self), size):
+            yield self.tensors(range(begin, min(begin + size, len(self))))
 
     def tensors(self, indices: Sequence[int] | np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return many rows as two tensors.

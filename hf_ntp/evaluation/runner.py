@@ -348,10 +348,7 @@ def _accelerator() -> torch.device | int | None:
 
 def accuracy_of(predict: Predict, data: PixelDataset, batch_size: int = 256) -> float:
     """Share of images classified correctly by ``predict``."""
-    hits = []
-    for begin in range(0, len(data), batch_size):  # float32 images of a whole split may exceed memory
-        images, labels = data.tensors(range(begin, min(begin + batch_size, len(data))))
-        hits.append(predict(images) == labels)
+    hits = [predict(images) == labels for images, labels in data.batches(batch_size)]
     return float(torch.cat(hits).float().mean())
 
 

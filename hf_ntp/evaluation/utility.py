@@ -13,7 +13,6 @@ from ..attacks.probes import KINDS
 from ..data import PixelDataset
 
 _FOLDS = 5
-_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,5 @@ def _features(model: PreTrainedModel, data: PixelDataset, name: str) -> tuple[np
             f"the authorized {name} images have no labels; needed: some, to see what the features are worth. Pass a "
             "PixelDataset of labelled images; protection itself needs none."
         )
-    parts = [range(begin, min(begin + _BATCH, len(data))) for begin in range(0, len(data), _BATCH)]
-    features = [features_and_logits(model, data.tensors(rows)[0])[0].double().cpu().numpy() for rows in parts]
+    features = [features_and_logits(model, images)[0].double().cpu().numpy() for images, _ in data.batches()]
     return np.concatenate(features), data.labels

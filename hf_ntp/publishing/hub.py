@@ -61,7 +61,8 @@ def push_folder(
     if gated not in ("auto", "manual", False):
         raise ValueError(f"found gated={gated!r}; needed: 'auto', 'manual' or False")
     verified = verify_folder(folder, public_key)
-    if (Path(folder) / CARD_FILE).exists() and f'"{NO_REPO}"' in (Path(folder) / CARD_FILE).read_text("utf-8"):
+    card = Path(folder) / CARD_FILE
+    if card.exists() and f'"{NO_REPO}"' in card.read_text(encoding="utf-8"):
         raise ValueError(
             f"the card in {folder} tells people to load {NO_REPO!r}; needed: the name of the repository. Run "
             f"hf-ntp report {folder} --repo_id {repo_id} first, then sign the folder if it was signed."

@@ -225,20 +225,41 @@ class AttackerPool:
         """
         own = [self._rows(slot, len(labels)) for _, labels in batches]
         total = sum(count for _, count in own)
-        if not total or (self._has_batch_norm and self._one_image_somewhere(slot, batches)):
+        if not total or self._one_image_somewhere(slot, [len(labels) for _, labels in batches]):
             return None
         attacker = self._living(slot, masks)
         parts = [(images[rows], labels[rows]) for (images, labels), (rows, _) in zip(batches, own, strict=True)]
         images, labels = map(torch.cat, zip(*parts, strict=True))
         return slot, attacker, _summed(*self._gradients(attacker, images, labels, total, autocast))
 
-    def _one_image_somewhere(self, slot: int, batches: Sequence[tuple[Tensor, Tensor]]) -> bool:
-        """Whether a process would have a single image, which BatchNorm cannot average; all processes agree."""
-        parts = [
-            [self._rows(slot, len(labels), process)[0] for _, labels in batches]
-            for process in range(PartialState().num_processes)
-        ]
-        return any(sum(rows.stop - rows.start for rows in part) == 1 for part in parts)
+    def _one_image_somewhere(self, slot: int, rows: Sequence[int]) -> bool:
+        """Whether a process would have a single image, which BatchNorm cannot average; all processes agree.
+
+        Args:
+            slot: Attacker.
+            rows: Images of its domain in every micro-batch of a process.
+        """
+        shares = (
+            [self._rows(slot, size, process)[0] for size in rows] for process in range(PartialState().num_processes)
+        )
+        return self._has_batch_norm and any(sum(part.stop - part.start for part in share) == 1 for share in shares)
+
+    def check_shares(self, rows: int, micro_batches: int) -> None:
+        """Check that whole batches leave no attacker without a step.
+
+        Args:
+            rows: Images of a domain in a micro-batch of a process.
+            micro_batches: Micro-batches of an optimizer step.
+
+        Raises:
+            ValueError: If some attacker never had enough images for BatchNorm.
+        """
+        if any(self._one_image_somewhere(slot, [rows] * micro_batches) for slot in range(len(self.lives))):
+            raise ValueError(
+                f"{len(self.lives)} attackers share out {rows} images of each of {PartialState().num_processes} "
+                "process(es) in a way that leaves one of them a single image on a process, which BatchNorm cannot "
+                "average; needed: two at least. Change per_device_train_batch_size, attacker_batch_size or attackers."
+            )
 
     def _rows(self, slot: int, rows: int, process: int | None = None) -> tuple[slice, int]:
         """Rows on this (or another) process that belong to a slot, and how many do on all, if every one has ``rows``.

@@ -553,6 +553,8 @@ class NTPTrainer(Trainer):
                 self.args.seed,
                 self._target_shares,
             )
+            rows = self.args.per_device_train_batch_size * (self.paired_sampler.draws - 1)
+            self._pool.check_shares(rows, self.args.gradient_accumulation_steps)
         self._pruning_log, self._terms = {"sparsity": torch.zeros(())}, self._new_terms()
         self._attacked, self._leaving, self._ended = {}, False, False
         # A head beside features that are matched gets no gradient, for which DDP would wait.

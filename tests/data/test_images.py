@@ -154,6 +154,8 @@ def test_access_by_row_list_and_loader(monkeypatch):
     assert all(torch.equal(item["pixel_values"], values[row]) for item, row in zip(batch, rows, strict=True))
     assert [item["labels"] for item in batch] == [0, 0, 1, 1, 0]
     assert type(batch[0]["labels"]) is int
+    assert [len(images) for images, _ in data.batches(4)] == [4, 4, 3]
+    assert torch.equal(torch.cat([images for images, _ in data.batches(4)]), values)
     part = data.tensors(np.array([3, 1]))
     assert torch.equal(part[0], values[[3, 1]])
     assert part[1].tolist() == [1, 1]

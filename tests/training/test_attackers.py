@@ -101,6 +101,17 @@ def test_an_attacker_learns_and_leaves_the_model_alone(make, sgd):
     assert any(push.abs().sum() > 0 for push in pool.push)
 
 
+def test_attackers_who_would_never_have_enough_images():
+    """Two attackers share three images out as two and one, of which BatchNorm has nothing to average."""
+    pool = pool_of(tiny_resnet(), attackers=2)
+    with pytest.raises(ValueError, match=r"2 attackers share out 3 images of each of 1 process.*needed: two at least"):
+        pool.check_shares(3, 1)
+    pool.check_shares(3, 2)
+    pool.check_shares(4, 1)
+    assert len(pool.step(batch(3), no_masks)) == 1
+    pool_of(tiny_vit(), attackers=2).check_shares(3, 1)
+
+
 def test_attackers_die_and_are_replaced():
     pool = pool_of(tiny_vit(), attackers=3, attacker_horizon=[2, 4], attacker_patience=0)
     last = [step.last for _ in range(8) for step in pool.step(batch(), no_masks)]
