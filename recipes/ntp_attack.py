@@ -163,7 +163,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     for start, reasons in results["not_run"].items():
         for name, reason in reasons.items():
             print(f"not run on {start}: {name} ({reason})")
-    print(f"\n{table}\n\nSLC-AUC, normalized: mean accuracy gap to scratch. Everything is in {run}")
+    print(
+        f"\n{table}\n\nSLC-AUC, normalized: mean accuracy gap to scratch with the same images. Everything is in {run}"
+    )
     return results
 
 

@@ -17,9 +17,13 @@ from .summary import retained_share, summarize
 _REFERENCE = "dense"
 
 
-def baseline_of(attack: Attack) -> FineTuning:
-    """Scratch training that an attack is compared with: all weights, AdamW, as many steps as the attack takes."""
-    return FineTuning(longer=attack.longer if isinstance(attack, FineTuning) else 1)
+def baseline_of(attack: Attack) -> Attack:
+    """What an attack is compared with when it begins at random weights: training with the same images and steps.
+
+    That is fine-tuning of all weights with AdamW, as many steps as the attack takes; for an attack that has authorized
+    images, the attack itself, or what these images are worth to anybody would count as what the checkpoint is worth.
+    """
+    return attack if attack.needs_source else FineTuning(longer=attack.longer if isinstance(attack, FineTuning) else 1)
 
 
 def run_attacks(
@@ -34,8 +38,9 @@ def run_attacks(
 ) -> dict[str, Any]:
     """Run attacks on several starting points and summarise them; JSON-ready.
 
-    Every curve is compared with scratch training of the same architecture under the same protocol, on the same images
-    (SLC-AUC), and with the unprotected model under the same attack (retained transfer).
+    Every curve is compared with scratch training of the same architecture under the same protocol, on the same images,
+    authorized ones of the attacker included (SLC-AUC, see :func:`baseline_of`), and with the unprotected model under
+    the same attack (retained transfer).
 
     Args:
         starts: Checkpoints by name: "protected", "unprotected" where there is one, and any controls. All must have one
@@ -49,7 +54,8 @@ def run_attacks(
         jobs: Processes.
 
     Returns:
-        "sample_sizes", "seeds", "protocol", "scratch" (curve by number of steps), "starts" (start to attack to
+        "sample_sizes", "seeds", "protocol", "scratch" (curve by number of steps, and by name of the attack where that
+        begins with authorized images), "starts" (start to attack to
         "accuracies" [seeds][sizes], "tuned" [sizes] and areas in three units with intervals), "retained_transfer"
         (start to attack to share, null where the unprotected model gave nothing), "worst_case" (start to "attack",
         the one with the largest area, its "slc_auc", and "retained_transfer": that area over the largest one of the
@@ -75,14 +81,14 @@ def run_attacks(
         for name in dict.fromkeys((_REFERENCE, *attacks) if start == "unprotected" else attacks)
         if name not in not_run[start]
     ]
-    baselines = {baseline_of(arm.attack) for arm in arms}
+    baselines = {_baseline_key(arm): baseline_of(arm.attack) for arm in arms}
     if not set(attacks) - not_run["protected"].keys():
         raise ValueError(
             f"none of the attacks can run on {starts['protected']}: {not_run['protected']}. Choose others."
         )
     arms += [
-        Arm(f"scratch/{b.longer}", starts["protected"], random_init=True, attack=b)
-        for b in sorted(baselines, key=lambda b: b.longer)
+        Arm(f"scratch/{key}", starts["protected"], random_init=True, attack=attack)
+        for key, attack in sorted(baselines.items())
     ]
     curves = sample_wise_learning_curves(arms, data, sample_sizes, seeds, protocol, cache_dir, jobs)
     return {
@@ -93,6 +99,12 @@ def run_attacks(
         **_summaries(arms, curves, protocol),
         "not_run": not_run,
     }
+
+
+def _baseline_key(arm: Arm) -> str:
+    """Name of the scratch curve that an arm "start/attack" is compared with."""
+    baseline = baseline_of(arm.attack)
+    return str(baseline.longer) if isinstance(baseline, FineTuning) else arm.name.partition("/")[2]
 
 
 def _unsuitable(arm: Arm, attacks: Sequence[str], data: AttackData) -> dict[str, str]:
@@ -112,9 +124,10 @@ def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTunePr
         start, _, name = arm.name.partition("/")
         accuracies, tuned = curves.accuracies[arm.name], curves.learning_rates[arm.name]
         if start == "scratch":
-            scratch[str(int(name) * protocol.steps)] = {"accuracies": accuracies, "tuned": tuned}
+            key = str(int(name) * protocol.steps) if name.isdecimal() else name
+            scratch[key] = {"accuracies": accuracies, "tuned": tuned}
             continue
-        reference = curves.accuracies[f"scratch/{baseline_of(arm.attack).longer}"]
+        reference = curves.accuracies[f"scratch/{_baseline_key(arm)}"]
         pair = LearningCurves(curves.sample_sizes, curves.seeds, {"scratch": reference, "it": accuracies}, {}, 0)
         grid = arm.attack.grid(protocol)
         edge = sum(value in (min(grid), max(grid)) for value in tuned) if len(grid) > 2 else 0

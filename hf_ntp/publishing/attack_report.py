@@ -84,7 +84,7 @@ def plot_attacks(results: Mapping[str, Any], path: str | Path, title: str = "") 
             )
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=9)
     axes.set_xlabel(
-        "SLC-AUC, normalized: mean accuracy gap to training from scratch (right of 0 the checkpoint helps)\n"
+        "SLC-AUC, normalized: mean accuracy gap to scratch with the same images (right of 0 the checkpoint helps)\n"
         "filled: protected, with 95 % interval over attack seeds · hollow: unprotected · right: retained transfer",
         fontsize=8.5,
     )

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,26 @@ def test_figures_by_hand(checkpoints, attack, monkeypatch):
     assert results["worst_case"]["protected"]["retained_transfer"] == pytest.approx(0.4 / 0.4)
     assert results["scratch"]["15"]["accuracies"] == [[0.3, 0.3], [0.3, 0.3]]
     json.dumps(results, allow_nan=False)
+
+
+def test_what_authorized_images_are_worth_to_anybody_is_not_the_checkpoints(checkpoints, attack, monkeypatch):
+    """An attack through the source is compared with random weights that take the same way: here .4, without it .2."""
+    unprotected, _ = checkpoints
+
+    def run(fits, *rest):
+        (fit,) = fits
+        through_the_source = 0.2 if fit.arm.attack.needs_source else 0.0
+        value = 0.2 if fit.arm.random_init else 0.5 if fit.arm.checkpoint == unprotected else 0.25
+        return {fit: runner.Accuracies(value + through_the_source, value + through_the_source)}
+
+    monkeypatch.setattr(runner, "_run", run)
+    results = suite(checkpoints, replace(attack, source=attack.validation), ["dense", "transntl", "source_all_new"])
+    assert set(results["scratch"]) == {"5", "transntl", "source_all_new"}
+    for entry in results["starts"]["protected"].values():
+        assert entry["normalized"] == pytest.approx(0.05)
+    assert results["retained_transfer"]["protected"] == pytest.approx(
+        dict.fromkeys(["dense", "transntl", "source_all_new"], 0.05 / 0.3)
+    )
 
 
 def test_every_attack_runs_on_real_data(checkpoints, attack, tmp_path):
