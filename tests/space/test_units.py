@@ -204,10 +204,12 @@ def keys(folder):
 def test_a_model_on_the_hub(folders, hub, tmp_path):
     """The commit that was verified is the one that answers; the visitor's key is checked on the download."""
     from hf_ntp import push_folder, sign_folder
+    from hf_ntp.publishing.report import refresh_report
 
     private, public = keys(tmp_path / "owner")
     copy = tmp_path / "protected"
     shutil.copytree(folders.model, copy)
+    refresh_report(copy, repo_id="org/model")
     sign_folder(copy, private)
     push_folder(copy, "org/model")
     showcase = open_showcase(replace(folders, model="org/model", revision="main", public_key=str(public)))
