@@ -236,7 +236,7 @@ def run(
     from hf_ntp.data import RandomShift
     from hf_ntp.evaluation.runner import check_seeds
     from hf_ntp.functional import check_sample_sizes
-    from hf_ntp.models import has_head, load_model, plain_model
+    from hf_ntp.models import has_head, hub_id, load_model, plain_model
     from hf_ntp.publishing.card import NO_REPO
     from hf_ntp.publishing.report import build_record, build_results, write_report
     from hf_ntp.run_folder import Stopwatch, claim_run_folder, weight_digests, whole_folder
@@ -308,7 +308,7 @@ def run(
     third = thirds[0] if thirds else None
     name = recipe.model_name_or_path
     origin = {
-        "name": None if name is None or Path(name).exists() else name,
+        "name": hub_id(name),
         "revision": commit,
         "weights": weight_digests(base),
         **({} if name is None or rate is None else {"fine_tuning_steps": recipe.pretrain_steps}),

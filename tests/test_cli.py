@@ -108,10 +108,8 @@ def test_a_compressed_copy_verifies(folder, tmp_path, capsys):
     write_report(folder, make_record(make_results()), make_results(), repo_id="org/photos-only")
     assert run(capsys, "compress", folder, tmp_path / "small")[0] == 0
     verify_folder(tmp_path / "small")
-    card, loading = (
-        (tmp_path / "small" / "README.md").read_text(),
-        "```python\nimport hf_ntp  # tells transformers how",
-    )
+    card = (tmp_path / "small" / "README.md").read_text()
+    loading = "```python\nimport hf_ntp  # tells transformers how"
     assert loading in card, "without hf_ntp loading is an error"
     assert "Load it as any other model" not in card
     assert run(capsys, "report", tmp_path / "small")[0] == 0

@@ -81,14 +81,14 @@ def run_attacks(
         for name in dict.fromkeys((_REFERENCE, *attacks) if start == "unprotected" else attacks)
         if name not in not_run[start]
     ]
-    baselines = {_baseline_key(arm): baseline_of(arm.attack) for arm in arms}
+    baselines = {_baseline_key(arm, protocol): baseline_of(arm.attack) for arm in arms}
     if not set(attacks) - not_run["protected"].keys():
         raise ValueError(
             f"none of the attacks can run on {starts['protected']}: {not_run['protected']}. Choose others."
         )
     arms += [
         Arm(f"scratch/{key}", starts["protected"], random_init=True, attack=attack)
-        for key, attack in sorted(baselines.items())
+        for key, attack in baselines.items()
     ]
     curves = sample_wise_learning_curves(arms, data, sample_sizes, seeds, protocol, cache_dir, jobs)
     return {
@@ -101,10 +101,12 @@ def run_attacks(
     }
 
 
-def _baseline_key(arm: Arm) -> str:
-    """Name of the scratch curve that an arm "start/attack" is compared with."""
+def _baseline_key(arm: Arm, protocol: FineTuneProtocol) -> str:
+    """Key of the scratch curve that an arm "start/attack" is compared with: its number of steps, or the attack."""
     baseline = baseline_of(arm.attack)
-    return str(baseline.longer) if isinstance(baseline, FineTuning) else arm.name.partition("/")[2]
+    if isinstance(baseline, FineTuning):
+        return str(baseline.longer * protocol.steps)
+    return arm.name.partition("/")[2]
 
 
 def _unsuitable(arm: Arm, attacks: Sequence[str], data: AttackData) -> dict[str, str]:
@@ -124,10 +126,9 @@ def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTunePr
         start, _, name = arm.name.partition("/")
         accuracies, tuned = curves.accuracies[arm.name], curves.learning_rates[arm.name]
         if start == "scratch":
-            key = str(int(name) * protocol.steps) if name.isdecimal() else name
-            scratch[key] = {"accuracies": accuracies, "tuned": tuned}
+            scratch[name] = {"accuracies": accuracies, "tuned": tuned}
             continue
-        reference = curves.accuracies[f"scratch/{_baseline_key(arm)}"]
+        reference = curves.accuracies[f"scratch/{_baseline_key(arm, protocol)}"]
         pair = LearningCurves(curves.sample_sizes, curves.seeds, {"scratch": reference, "it": accuracies}, {}, 0)
         grid = arm.attack.grid(protocol)
         edge = sum(value in (min(grid), max(grid)) for value in tuned) if len(grid) > 2 else 0

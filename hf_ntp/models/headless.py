@@ -86,6 +86,11 @@ def load_model(
     return with_head(model, head_name, encoder_name)
 
 
+def hub_id(checkpoint: str | None) -> str | None:
+    """Return what a checkpoint was loaded by, where that is an id of the Hub: not a folder, and not nothing."""
+    return None if not checkpoint or Path(checkpoint).exists() else checkpoint
+
+
 def hub_commit(checkpoint: str, revision: str | None = None) -> str | None:
     """Commit on the Hub of a checkpoint that was loaded by id; None for a folder.
 
@@ -93,7 +98,7 @@ def hub_commit(checkpoint: str, revision: str | None = None) -> str | None:
         checkpoint: Folder or Hub id.
         revision: Branch, tag or commit it was loaded by.
     """
-    if Path(checkpoint).exists():
+    if hub_id(checkpoint) is None:
         return None
     return extract_commit_hash(cached_file(checkpoint, CONFIG_NAME, revision=revision), None)
 

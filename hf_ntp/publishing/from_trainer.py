@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..data import DomainReference
 from ..evaluation.measure import measure_sparsity
-from ..models import has_head, plain_model
+from ..models import has_head, hub_id, plain_model
 from ..training.domains import Joined
 from .card import NO_REPO
 from .report import build_record, write_report
@@ -54,14 +54,13 @@ def write_folder(
     images = trainer.train_dataset.source
     authorized = list(images.parts) if isinstance(images, Joined) else ["source"]
     named = {name: [str(i) for i in range(int(labels.max()) + 1)] for name, labels in trainer.target_labels.items()}
-    name = getattr(model.config, "_name_or_path", "")
     record = build_record(
         None,
         source or [DomainReference(name, name, None, None, {}, classes) for name in authorized],
         targets or [DomainReference(name, name, None, None, {}, labels) for name, labels in named.items()],
         type(plain_model(model)).__name__,
         # What was loaded by id may be any commit: a loaded model does not say which.
-        {"name": name if name and not Path(name).exists() else None, "revision": None, "weights": None},
+        {"name": hub_id(getattr(model.config, "_name_or_path", None)), "revision": None, "weights": None},
         trainer.args.summary(),
         measure_sparsity(model, images),
         license,

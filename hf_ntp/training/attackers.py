@@ -239,10 +239,13 @@ class AttackerPool:
             slot: Attacker.
             rows: Images of its domain in every micro-batch of a process.
         """
-        shares = (
-            [self._rows(slot, size, process)[0] for size in rows] for process in range(PartialState().num_processes)
-        )
-        return self._has_batch_norm and any(sum(part.stop - part.start for part in share) == 1 for share in shares)
+        if not self._has_batch_norm:
+            return False
+        for process in range(PartialState().num_processes):
+            parts = [self._rows(slot, size, process)[0] for size in rows]
+            if sum(part.stop - part.start for part in parts) == 1:
+                return True
+        return False
 
     def check_shares(self, rows: int, micro_batches: int) -> None:
         """Check that whole batches leave no attacker without a step.

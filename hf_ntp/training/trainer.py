@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -558,7 +558,7 @@ class NTPTrainer(Trainer):
         self._pruning_log, self._terms = {"sparsity": torch.zeros(())}, self._new_terms()
         self._attacked, self._leaving, self._ended = {}, False, False
         # A head beside features that are matched gets no gradient, for which DDP would wait.
-        with frozen(self._head if self._matches_features else nn.Identity()), KeptSignals() as self._signals:
+        with frozen(self._head) if self._matches_features else nullcontext(), KeptSignals() as self._signals:
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
