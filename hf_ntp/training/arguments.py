@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attacker_batch_size": 32,
         "attacker_learning_rates": [1e-3, 3e-3, 1e-2],
         "attacker_horizon": [10, 150],
+        "attacker_keeps_head": 0.0,
         "collapse_weight": 0.0,
         "fisher_weight": 0.0,
     },
@@ -219,8 +220,15 @@ class ProtectionArguments:
     attacker_keeps_mask: float = field(
         default=0.1, metadata={"help": "Share of attackers who keep the present pruning mask."}
     )
+    attacker_keeps_head: float = field(
+        default=0.25,
+        metadata={
+            "help": "Share of attackers who begin with the model's own head, where there are as many unauthorized "
+            "classes; the defender reacts to them from their first step."
+        },
+    )
     attacker_sgd: float = field(
-        default=0.0, metadata={"help": "Share of attackers with SGD and momentum (30-fold rates) instead of Adam."}
+        default=0.0, metadata={"help": "Share of attackers with SGD and momentum (10-fold rates) instead of Adam."}
     )
     source_loss: str = field(
         default="auto",
@@ -305,7 +313,7 @@ class ProtectionArguments:
             raise ValueError(f"pseudo_classes is {self.pseudo_classes}; needed: an integer >= 2, such as 20.")
         if self.target_bound is not None and self.target_bound <= 0:
             raise ValueError(f"target_bound is {self.target_bound}; needed: a positive number of nats, or null.")
-        shares = ("attacker_informed", "attacker_keeps_mask", "attacker_sgd")
+        shares = ("attacker_informed", "attacker_keeps_mask", "attacker_keeps_head", "attacker_sgd")
         for name in ("fisher_shrinkage", "target_warmup", *shares):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: a value in [0, 1].")

@@ -51,6 +51,7 @@ class Plan(NamedTuple):
     start: str
     keeps_mask: bool
     seed: int
+    keeps_head: bool
 
     @classmethod
     def draw(cls, options: ProtectionArguments, seed: int, slot: int, life: int) -> Plan:
@@ -71,6 +72,7 @@ class Plan(NamedTuple):
             # Who regrows zeros keeps no mask.
             keeps_mask=bool(rng.random() < options.attacker_keeps_mask) and start != ZEROS,
             seed=int(rng.integers(2**31)),
+            keeps_head=bool(rng.random() < options.attacker_keeps_head),
         )
 
 

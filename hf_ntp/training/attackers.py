@@ -201,7 +201,8 @@ class AttackerPool:
                 continue
             slot, attacker, result = attack
             loss, gradients = result()
-            if attacker.age >= self.options.attacker_patience:  # a newborn one only fits its head
+            # A newborn one only fits its head, unless it has kept the model's.
+            if attacker.age >= self.options.attacker_patience or attacker.plan.keeps_head:
                 # A factor instead of a branch: no wait for the device.
                 denied = loss < self.chance[self.domain(slot)] - _MARGIN
                 self._deny(attacker, gradients, denied)
@@ -286,13 +287,17 @@ class AttackerPool:
 
     def _new(self, slot: int) -> Attacker:
         """Return the present attacker of a slot, as it is before anything has moved it."""
-        plan = Plan.draw(self.options, self.seed, slot, self.lives[slot])
-        return Attacker(plan, self.weights, self.num_classes[self.domain(slot)], self.head.in_features)
+        plan, classes = Plan.draw(self.options, self.seed, slot, self.lives[slot]), self.num_classes[self.domain(slot)]
+        plan = plan._replace(keeps_head=plan.keeps_head and classes == self.head.out_features)
+        return Attacker(plan, self.weights, classes, self.head.in_features)
 
     @torch.no_grad()
     def _born(self, slot: int, masks: Callable[[], Mapping[str, Tensor]]) -> Attacker:
         attacker = self._new(slot)
         plan = attacker.plan
+        if plan.keeps_head:
+            for name, tensor in self.head.named_parameters():
+                attacker.head[name].copy_(tensor)
         if plan.keeps_mask:
             attacker.masks = {name: mask.clone() for name, mask in masks().items()}
         if plan.start != "plain":

@@ -15,7 +15,13 @@ from hf_ntp.training.attackers import AttackerPool
 
 from ..conftest import Rows, tiny_resnet, tiny_vit
 
-ONE = {"attackers": 1, "attacker_informed": 0.0, "attacker_keeps_mask": 0.0, "attacker_patience": 0}
+ONE = {
+    "attackers": 1,
+    "attacker_informed": 0.0,
+    "attacker_keeps_mask": 0.0,
+    "attacker_keeps_head": 0.0,
+    "attacker_patience": 0,
+}
 
 
 def pool_of(model, seed=0, **options):
@@ -181,6 +187,34 @@ def test_a_kept_mask_holds_weights_and_gradients():
         assert bool((pushes(pool)[name][~mask] == 0).all())
 
 
+def test_a_kept_head_is_the_models_and_denied_at_once():
+    """Its first loss is the model's own cross-entropy, and the first push raises it, however patient the defender."""
+    model = tiny_vit()
+    pool = pool_of(model, **{**ONE, "attacker_keeps_head": 1.0, "attacker_patience": 10})
+    ((images, _),) = batch()["target"]
+    with torch.no_grad():
+        logits = model(pixel_values=images).logits
+    labels = logits.argmax(-1)
+    pool.chance["target"] = math.inf
+    (step,) = pool.step({"target": [(images, labels)]}, no_masks)
+    assert step.loss == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-6)
+    # Its first step of Adam is a fifth of its rate, from the model's head.
+    moved = (pool.attackers[0].head["weight"] - model.classifier.weight.detach()).abs()
+    assert float(moved.max()) == pytest.approx(pool.attackers[0].plan.rate / 5, rel=1e-2)
+    assert any(push.abs().sum() > 0 for push in pool.push)
+
+
+def test_a_head_for_other_classes_is_not_kept():
+    model = tiny_vit()
+    name, head = find_head(model)
+    options = ProtectionArguments(**{**ONE, "attacker_keeps_head": 1.0, "attacker_patience": 1})
+    pool = AttackerPool(model, name, head, {"target": np.arange(head.out_features + 1)}, options, 0)
+    pool.chance["target"] = math.inf
+    pool.step(batch(), no_masks)
+    assert len(pool.attackers[0].head["bias"]) == head.out_features + 1
+    assert all(push.abs().sum() == 0 for push in pool.push)
+
+
 def test_informed_attackers_start_elsewhere_and_pass_no_gradient_there(monkeypatch):
     monkeypatch.setattr("hf_ntp.training.attacker._SHARES", {"stem": 1})
     model = tiny_vit()
@@ -245,7 +279,8 @@ def test_every_domain_needs_an_attacker():
 
 
 def test_state_round_trip_continues_exactly():
-    options = {"attackers": 3, "attacker_horizon": [3, 6], "attacker_informed": 0.5, "attacker_keeps_mask": 0.5}
+    shares = {"attacker_informed": 0.5, "attacker_keeps_mask": 0.5, "attacker_keeps_head": 0.5}
+    options = {"attackers": 3, "attacker_horizon": [3, 6], **shares}
     model = tiny_vit()
     masks = {name: torch.rand_like(weight) > 0.5 for name, weight in prunable_weights(model).items()}
     one = pool_of(model, **options)
