@@ -30,7 +30,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..models import blocks_of, changes, frozen_batch_norm_statistics, has_batch_norm, recorded_features
+from ..models import blocks_of, changes, frozen_batch_norm_statistics, has_batch_norm, has_head, recorded_features
 from .arguments import ProtectionArguments
 from .attacker import INFORMED, ZEROS, Attacker, Plan
 
@@ -171,6 +171,8 @@ class AttackerPool:
         self.attackers: list[Attacker | None] = [None] * options.attackers
         self._attack = _Attack(model)
         self._has_batch_norm = has_batch_norm(model)
+        # What stands in for the head of an encoder without one is nobody's to keep.
+        self._head_classes = head.out_features if has_head(model, options.head_name) else None
 
     def domain(self, slot: int) -> str:
         """Name of the unauthorized domain that a slot attacks."""
@@ -288,7 +290,7 @@ class AttackerPool:
     def _new(self, slot: int) -> Attacker:
         """Return the present attacker of a slot, as it is before anything has moved it."""
         plan, classes = Plan.draw(self.options, self.seed, slot, self.lives[slot]), self.num_classes[self.domain(slot)]
-        plan = plan._replace(keeps_head=plan.keeps_head and classes == self.head.out_features)
+        plan = plan._replace(keeps_head=plan.keeps_head and self._head_classes == classes)
         return Attacker(plan, self.weights, classes, self.head.in_features)
 
     @torch.no_grad()

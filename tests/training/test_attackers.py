@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_ntp.models import find_head, prunable_weights
+from hf_ntp.models import EncoderWithHead, find_head, prunable_weights
 from hf_ntp.training import attackers
 from hf_ntp.training.arguments import ProtectionArguments
 from hf_ntp.training.attacker import Plan
@@ -204,14 +204,16 @@ def test_a_kept_head_is_the_models_and_denied_at_once():
     assert any(push.abs().sum() > 0 for push in pool.push)
 
 
-def test_a_head_for_other_classes_is_not_kept():
-    model = tiny_vit()
+@pytest.mark.parametrize(("model", "classes"), [(tiny_vit(), 4), (EncoderWithHead(tiny_vit().vit), 3)])
+def test_a_head_for_other_classes_and_a_stand_in_are_not_kept(model, classes):
     name, head = find_head(model)
+    assert head.out_features == 3
     options = ProtectionArguments(**{**ONE, "attacker_keeps_head": 1.0, "attacker_patience": 1})
-    pool = AttackerPool(model, name, head, {"target": np.arange(head.out_features + 1)}, options, 0)
+    pool = AttackerPool(model, name, head, {"target": np.arange(classes)}, options, 0)
     pool.chance["target"] = math.inf
     pool.step(batch(), no_masks)
-    assert len(pool.attackers[0].head["bias"]) == head.out_features + 1
+    assert head.weight.std() > 0
+    assert not torch.allclose(pool.attackers[0].head["weight"][:3], head.weight, atol=5e-3)
     assert all(push.abs().sum() == 0 for push in pool.push)
 
 
