@@ -1,9 +1,10 @@
 """A pool of simulated attackers who fine-tune the encoder while it is being protected.
 
-Each attacker is an offset from the present weights with its own head, optimizer, rate, lifetime and kind of start.
-One forward and backward pass at the attacker's weights W + offset gives two things: the attacker's own next step,
-which descends its cross-entropy L_T, and the defender's first-order gradient, which ascends it there (the idea of
-SOPHON, Deng et al. 2024, and TAR, Tamirisa et al. 2024: simulate the attack, then raise the loss where it leads):
+Each attacker is an offset from the present weights with a head of its own (new, or begun as the model's), optimizer,
+rate, lifetime and kind of start. One forward and backward pass at the attacker's weights W + offset gives two things:
+the attacker's own next step, which descends its cross-entropy L_T, and the defender's first-order gradient, which
+ascends it there (the idea of SOPHON, Deng et al. 2024, and TAR, Tamirisa et al. 2024: simulate the attack, then raise
+the loss where it leads):
 
     offset <- Optimizer(offset, grad L_T(W + offset)),      g -= unit(grad L_T(W + offset)),      W <- Adam(W, g)
 
@@ -129,7 +130,7 @@ class AttackerPool:
 
     Args:
         model: The encoder under protection, unwrapped.
-        head_name: Dotted name of its head: the attackers bring their own.
+        head_name: Dotted name of its head, which is not attacked: the attackers have their own.
         head: That head.
         labels: Labels [N] of every unauthorized domain, by name.
         options: Options that begin with ``attacker``.
