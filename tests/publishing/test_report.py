@@ -8,8 +8,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from hf_ntp import FineTuneProtocol, read_record
+from hf_ntp.attacks import ATTACKS
 from hf_ntp.evaluation.measure import ScratchConvergence, SourceAccuracy, Transfer
-from hf_ntp.publishing.card import render_card
+from hf_ntp.publishing.card import _ATTACK_LABELS, attack_label, render_card
 from hf_ntp.publishing.report import build_record, refresh_report, results_table, write_report
 from hf_ntp.run_folder import weight_digests
 
@@ -231,3 +232,9 @@ def test_attacks_with_images_that_the_protection_saw_are_refused(folder, attacks
 
 if __name__ == "__main__":
     EXAMPLE.write_text(str(render_card(make_record(make_results()), "org/photos-only", ["slc.png"])))
+
+
+def test_attacks_have_names_of_their_own_on_cards():
+    labels = {name: attack_label(name) for name in ATTACKS}
+    assert len(set(labels.values())) == len(ATTACKS)
+    assert set(_ATTACK_LABELS) <= set(ATTACKS)
