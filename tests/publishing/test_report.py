@@ -230,11 +230,11 @@ def test_attacks_with_images_that_the_protection_saw_are_refused(folder, attacks
         refresh_report(folder, written(attacks))
 
 
-if __name__ == "__main__":
-    EXAMPLE.write_text(str(render_card(make_record(make_results()), "org/photos-only", ["slc.png"])))
-
-
 def test_attacks_have_names_of_their_own_on_cards():
     labels = {name: attack_label(name) for name in ATTACKS}
     assert len(set(labels.values())) == len(ATTACKS)
     assert set(_ATTACK_LABELS) <= set(ATTACKS)
+
+
+if __name__ == "__main__":
+    EXAMPLE.write_text(str(render_card(make_record(make_results()), "org/photos-only", ["slc.png"])))
