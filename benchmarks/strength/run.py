@@ -59,7 +59,7 @@ SEEDS = (0, 1, 2)
 OWNER_FRACTION = 0.75
 PRETRAIN_STEPS = 2500
 LONG_PRETRAINING = {("vit", "syn"): 20000, ("vit", "mnistm"): 10000}
-"""Sources that the small ViT learns slowly: after 2,500 steps it misreads half of "syn", after 10,000 still a tenth."""
+"""Sources that the small ViT learns slowly: it misreads half of "syn" after 2,500 steps, and a tenth after 10,000."""
 WITHOUT_TARGET: dict[str, Any] = {"attackers": 0, "fisher_weight": 0.0, "collapse_weight": 0.0, "target_weight": 0.0}
 
 
