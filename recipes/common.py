@@ -125,6 +125,8 @@ Pretrain = Callable[..., None]
 SMALL_SIZE = 16
 """Height and width of the images of a small model."""
 
+_DATASETS = ("source_dataset", "target_dataset")
+
 # Change where or how fast a run goes, not what comes out.
 _FREE = ("config", "jobs", "repo_id", "license", "terms")
 
@@ -145,6 +147,8 @@ def parse(argv: list[str], kind: type[Arguments], description: str) -> tuple[Arg
     first.add_argument("--preset")
     first.add_argument("--num_train_epochs", "--num-train-epochs")
     first.add_argument("--max_steps", "--max-steps")
+    for option in ("model_name_or_path", *_DATASETS):
+        first.add_argument(f"--{option}", f"--{option.replace('_', '-')}", nargs="+")
     early = first.parse_known_args(argv)[0]
     defaults = yaml.safe_load(Path(early.config).read_text()) or {}
     if early.preset and early.config == kind.config:
@@ -166,6 +170,12 @@ def parse(argv: list[str], kind: type[Arguments], description: str) -> tuple[Arg
     unknown = sorted(defaults.keys() - known)
     if unknown and types[1] is not ProtectionArguments:
         parser.error(f"the configuration file has unknown keys: {', '.join(unknown)}; see --help for the options")
+    given = {name for name, value in vars(early).items() if value} | defaults.keys()
+    if "model_name_or_path" in given and (forgotten := [name for name in _DATASETS if name not in given]):
+        parser.error(
+            f"--model_name_or_path is given and --{' and --'.join(forgotten)} not: the defaults are the demo's. Name "
+            "the domains of your model, or give the demo's by name"
+        )
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in known})
     recipe, config = parser.parse_args_into_dataclasses(argv)
     if getattr(config, "push_to_hub", False):
@@ -236,7 +246,7 @@ def run(
     from hf_ntp.data import RandomShift
     from hf_ntp.evaluation.runner import check_seeds
     from hf_ntp.functional import check_sample_sizes
-    from hf_ntp.models import has_head, hub_id, load_model, plain_model
+    from hf_ntp.models import class_names, has_head, hub_id, load_model, plain_model
     from hf_ntp.publishing.card import NO_REPO
     from hf_ntp.publishing.report import build_record, build_results, write_report
     from hf_ntp.run_folder import Stopwatch, claim_run_folder, weight_digests, whole_folder
@@ -252,11 +262,17 @@ def run(
     model, processor, rate, commit = base_model(
         recipe, config, next(iter(loaded.source.values()))["train"].features["label"].names
     )
+    if names := class_names(model):
+        loaded = loaded._replace(source=domains.in_order_of(names, loaded.source))
     domains.check_options(config, model, loaded)
     classes = config.source_loss != "features" and has_head(model, config.head_name)
     pixels = domains.as_pixels(loaded, processor, same_classes=classes)
     authorized = domains.part_of(pixels.source, "train")
     settings = {key: value for key, value in vars(recipe).items() if key not in _FREE} | config.fingerprint()
+    # What lies under a name may be another thing tomorrow.
+    settings["data"] = domains.fingerprints(pixels)
+    if recipe.model_name_or_path is not None:
+        settings["weights"] = commit or weight_digests(recipe.model_name_or_path)
     root, first = Path(str(config.output_dir)), config.process_index == 0
     if first:
         claim_run_folder(root, settings)

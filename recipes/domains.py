@@ -110,12 +110,13 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
 
     from hf_ntp.models import prunable_weights, with_head
     from hf_ntp.training.domains import NEIGHBOURHOOD, SOURCE, shares_of
-    from hf_ntp.training.pruning import check_pattern
+    from hf_ntp.training.pruning import check_names, check_pattern
 
     targets = [NEIGHBOURHOOD] if config.target_access == "none" else list(domains.target)
     shares_of(config.target_weights, targets, "target_weights")
     shares_of(config.source_weights, list(domains.source) if len(domains.source) > 1 else [SOURCE], "source_weights")
     network = with_head(model, config.head_name, config.encoder_name)
+    check_names(network, prune_include=config.prune_include, prune_exclude=config.prune_exclude)
     weights = prunable_weights(network, config.prune_include, config.prune_exclude, config.head_name)
     check_pattern(weights, config.prune_pattern)
     for callback in get_reporting_integration_callbacks(config.report_to):
@@ -148,6 +149,36 @@ def as_pixels(domains: Domains, processor: BaseImageProcessor, same_classes: boo
     if same_classes:
         check_same_classes(part_of(pixels.source, "train"))
     return pixels
+
+
+def in_order_of(names: list[str], group: dict[str, Any]) -> dict[str, Any]:
+    """Domains with the labels that a model has for their classes, where these differ in order or capitals alone.
+
+    Args:
+        names: Names of the model's classes.
+        group: Authorized domains.
+    """
+
+    def known(found: list[str]) -> bool:
+        lower = {name.lower() for name in found}
+        return found != names and len(lower) == len(found) == len(names) and lower == {name.lower() for name in names}
+
+    numbers = {name: i for i, name in enumerate(names)}
+    return {
+        domain: type(parts)({
+            part: data.align_labels_with_mapping(numbers, "label") if known(data.features["label"].names) else data
+            for part, data in parts.items()
+        })
+        for domain, parts in group.items()
+    }  # fmt: skip
+
+
+def fingerprints(domains: Domains) -> dict[str, dict[str, dict[str, str]]]:
+    """What tells the images of every part of every domain from others, see :func:`as_pixels`."""
+    return {
+        side: {name: {part: data.fingerprint for part, data in parts.items()} for name, parts in group.items()}
+        for side, group in domains._asdict().items()
+    }
 
 
 def part_of(group: Mapping[str, Mapping[str, Part]], part: str) -> dict[str, Part]:

@@ -117,9 +117,6 @@ def main(argv: list[str]) -> dict[str, Any]:
     protocol = hf_ntp.FineTuneProtocol(arguments.steps, arguments.batch_size, tuple(arguments.learning_rates))
     (target,) = domains.load(arguments, "target").values()
     check_target(target["train"]["label"])
-    run = claim_run_folder(
-        arguments.output_dir, {key: value for key, value in vars(arguments).items() if key != "jobs"}
-    )
     parts = {"attacker": target["train"], "validation": target["validation"], "test": target["test"]}
     if arguments.owner_fraction > 0:
         _, parts["attacker"] = hf_ntp.split_owner_attacker(target["train"], arguments.owner_fraction)
@@ -136,6 +133,14 @@ def main(argv: list[str]) -> dict[str, Any]:
     starts = {"protected": arguments.checkpoint}
     if arguments.unprotected is not None:
         starts["unprotected"] = arguments.unprotected
+    # What lies under a name may be another thing tomorrow, and the controls would not be its any more.
+    found = {
+        "weights_of_starts": {start: weight_digests(local_folder(name)) for start, name in starts.items()},
+        "data": [part.fingerprint for part in (train, validation, test, source) if part is not None],
+    }
+    run = claim_run_folder(
+        arguments.output_dir, {key: value for key, value in vars(arguments).items() if key != "jobs"} | found
+    )
     if arguments.controls and arguments.unprotected is not None:
         for kind in ("magnitude", "random"):
             folder = run / f"{kind}_pruned"

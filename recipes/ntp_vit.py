@@ -73,7 +73,9 @@ def base_model(recipe: ViTArguments, config: NTPConfig, labels: list[str]) -> Ba
     found = [model.config.id2label[i] for i in range(model.config.num_labels)]
     generic = found == [f"LABEL_{i}" for i in range(len(labels))]
     headless = any(key.startswith(find_head(model, config.head_name)[0]) for key in loading["missing_keys"])
-    if not headless and (found == labels or generic):
+    # In another order or spelling they are still its classes: the labels of the data are brought into its order.
+    same = sorted(map(str.lower, found)) == sorted(map(str.lower, labels))
+    if not headless and (same or generic):
         return given_model(recipe, model)
     print(
         f"{name} does not classify the source ({len(found)} classes: {', '.join(found[:4])}, ...; the source has "

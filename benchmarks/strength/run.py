@@ -260,6 +260,12 @@ def settings_of(cell: Cell) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
+def suite_settings_of(cell: Cell) -> str:
+    """The same for a cell that is attacked with everything."""
+    attacks = {name: [type(attack).__name__, attack.settings()] for name, attack in ATTACKS.items()}
+    return hashlib.sha256(json.dumps([settings_of(cell), attacks, THIRD]).encode()).hexdigest()[:12]
+
+
 def table(results: dict[str, Any]) -> str:
     """One row per cell: accuracy on the source, then SLC-AUC (decades) of the attacks and what is retained."""
     columns = list(DECISIVE)
@@ -374,16 +380,17 @@ def main(argv: list[str]) -> dict[str, Any]:
     results = json.loads(known.read_text()) if known.exists() else {"cells": {}, "full_suite": {}}
     every = [Cell(architecture, *pair) for pair in PAIRS for architecture in ARCHITECTURES]
     cells = [cell for cell in every if any(part in str(cell) for part in arguments.only or [""])]
-    for part, measure in (("cells", attack), ("full_suite", attack_with_everything)):
+    measured = (("cells", attack, settings_of), ("full_suite", attack_with_everything, suite_settings_of))
+    for part, measure, describe in measured:
         for cell in cells:
-            settings = settings_of(cell)
+            settings = describe(cell)
             if results[part].get(str(cell), {}).get("settings") == settings:
                 continue
             if part == "full_suite" and str(cell) not in FULL_SUITE:
                 continue
             start = perf_counter()
             # Models of other settings are other models.
-            models = make_models(cell, work / settings, arguments.jobs or joblib.cpu_count())
+            models = make_models(cell, work / settings_of(cell), arguments.jobs or joblib.cpu_count())
             found = measure(cell, models, work, arguments.jobs)
             results[part][str(cell)] = rounded({"settings": settings, "seconds": perf_counter() - start, **found})
             write(results, out)

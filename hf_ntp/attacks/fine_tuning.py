@@ -207,12 +207,18 @@ def batches_of(size: int, batch_size: int, seed: int) -> Iterator[Tensor]:
 
 
 def predictor(model: nn.Module) -> Predict:
-    """Return the function that classifies with ``model`` in eval mode."""
+    """Return the function that classifies with ``model`` in eval mode; it raises ``FloatingPointError`` on NaN.
+
+    NaN is the largest value to argmax: a fit that broke would count as one that learned a single class.
+    """
 
     @torch.no_grad()
     def predict(images: Tensor) -> Tensor:
         model.eval()
         device = next(model.parameters()).device
-        return model(pixel_values=images.to(device)).logits.argmax(-1).cpu()
+        logits = model(pixel_values=images.to(device)).logits
+        if not logits.isfinite().all():
+            raise FloatingPointError("the model's outputs are not finite; needed: a model that has not diverged.")
+        return logits.argmax(-1).cpu()
 
     return predict

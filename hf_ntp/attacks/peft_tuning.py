@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
@@ -18,6 +19,8 @@ _ADAPTABLE_MODULES = (nn.Linear, nn.Conv2d, nn.Conv3d)
 # Adapters start at zero effect and only move a small factor of each weight, so the best rate lies above that of full
 # fine-tuning, for LoRA about tenfold. The grid is log-spaced by about 3: this shifts it by one point.
 _PEFT_RATE_FACTOR = 3.0
+# Of the spread of a layer's weights: too small to change what the model computes.
+_REVIVED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class PeftTuning(Attack):
         if self.kind not in ("lora", "dora", "ia3") or self.rank < 1:
             raise ValueError(f"{self} cannot run; needed: kind 'lora', 'dora' or 'ia3', and rank >= 1.")
 
+    def settings(self) -> dict[str, Any]:
+        """Fields, and for DoRA that it revives dead channels: earlier results of it are of attacks that broke."""
+        return {**super().settings(), **({"dead_channels": "revived"} if self.kind == "dora" else {})}
+
     def grid(self, protocol: FineTuneProtocol) -> tuple[float, ...]:
         """Learning rates, three times higher than those of full fine-tuning."""
         return tuple(_PEFT_RATE_FACTOR * rate for rate in protocol.learning_rates)
@@ -56,6 +63,8 @@ class PeftTuning(Attack):
         """Train adapters and head at peak rate ``value``; see :class:`Attack`."""
         replace_head(model, loot.num_labels, torch.Generator().manual_seed(seed))
         torch.manual_seed(seed)  # adapters are drawn from the global generator
+        if self.kind == "dora":
+            revive_dead_channels(model, adaptable_modules(model))
         inject_adapter_in_model(self._config(adaptable_modules(model)), model)
         _, head = find_head(model)
         head.requires_grad_(True)
@@ -69,6 +78,24 @@ class PeftTuning(Attack):
             # No feed-forward modules: their inputs would be scaled, which needs names that differ by architecture.
             return IA3Config(target_modules=modules, feedforward_modules=[])
         return LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=modules, use_dora=self.kind == "dora")
+
+
+@torch.no_grad()
+def revive_dead_channels(model: PreTrainedModel, modules: list[str]) -> None:
+    """Give output channels whose weights are all zero tiny random ones, drawn from the global generator.
+
+    DoRA divides by the norm of every channel: one that was pruned altogether would make all outputs NaN, and no
+    attacker stops at that.
+
+    Args:
+        model: Changed in place.
+        modules: Dotted names of its layers.
+    """
+    for name in modules:
+        weight = model.get_submodule(name).weight
+        dead = weight.flatten(1).norm(dim=1) == 0
+        spread = float(weight.norm()) / weight.numel() ** 0.5 or 1.0
+        weight[dead] = _REVIVED * spread * torch.randn_like(weight[dead])
 
 
 def adaptable_modules(model: PreTrainedModel) -> list[str]:

@@ -293,6 +293,12 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
             ValueError: If columns, labels, images or the processor cannot be used.
         """
         check_processor(image_processor)
+        if dataset.format["type"] == "custom":
+            raise ValueError(
+                "the dataset has a transform of its own (set_transform, with_transform), which would not be applied: "
+                "images are resized once and kept; needed: a dataset without one. Remove it with reset_format(); "
+                "augmentation goes into source_transform of NTPTrainer."
+            )
         if labelled:
             label_column = find_columns(dataset)[1]
             feature, labels = dataset.features[label_column], column_values(dataset, label_column)

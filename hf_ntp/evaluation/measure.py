@@ -107,6 +107,12 @@ def measure_transfer(
     shared: dict[str, Any] = {"data": target, "seeds": seeds, "cache_dir": cache_dir, "jobs": jobs}
     arms = standard_arms(str(unprotected), str(protected))
     curves = sample_wise_learning_curves(arms, sample_sizes=sample_sizes, protocol=protocol, **shared)
+    if curves.diverged:
+        raise FloatingPointError(
+            f"fits of {', '.join(curves.diverged)} diverged at every rate of {list(protocol.learning_rates)}, or with "
+            " another seed at the chosen one; needed: an attacker who learns, or the model would look "
+            "protected. Lower the learning rates."
+        )
     return Transfer(curves, scratch_convergence(arms[0], curves, protocol, shared), protocol)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -52,6 +53,21 @@ class AttackData:
     test: PixelDataset
     source: PixelDataset | None = None
 
+    def __post_init__(self) -> None:
+        """Check that a label means the same in all parts.
+
+        Raises:
+            ValueError: If their classes have other names, or another order.
+        """
+        names = {name: getattr(self, name).class_names for name in ("train", "validation", "test")}
+        known = {name: tuple(classes) for name, classes in names.items() if classes}
+        if len(set(known.values())) > 1:
+            found = "; ".join(f"{name}: {', '.join(classes[:6])}" for name, classes in known.items())
+            raise ValueError(
+                f"the parts of the target have different classes ({found}); needed: the same ones in the same order. "
+                "Take all from one domain, or bring them in order with align_labels_with_mapping."
+            )
+
     @property
     def num_labels(self) -> int:
         """Classes of the target."""
@@ -59,7 +75,7 @@ class AttackData:
 
 
 class Accuracies(NamedTuple):
-    """Result of one fit, in eval mode."""
+    """Result of one fit, in eval mode; NaN where it diverged."""
 
     validation: float
     test: float
@@ -75,6 +91,7 @@ class LearningCurves:
         accuracies: Arm name to [seeds, sizes], fractions.
         learning_rates: Arm name to the chosen rate (or other tuned value of the attack) per size.
         fits: Number of fits the curves rest on.
+        diverged: Names of the arms of which a chosen fit did not stay finite: they measure nothing.
     """
 
     sample_sizes: tuple[int, ...]
@@ -82,6 +99,7 @@ class LearningCurves:
     accuracies: dict[str, list[list[float]]]
     learning_rates: dict[str, list[float]]
     fits: int
+    diverged: tuple[str, ...] = ()
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
@@ -134,11 +152,17 @@ def sample_wise_learning_curves(
             accelerator, which small models leave mostly idle. Their results are those of single fits up to rounding.
 
     Raises:
-        ValueError: For sizes that are unsorted, repeated or larger than the set, and for ``together`` below 1.
+        ValueError: For sizes that are unsorted, repeated or larger than the set, for ``together`` below 1, and for
+            several launched processes without ``cache_dir``: each would do all fits.
         RuntimeError: If a fit fails; says which.
     """
     protocol = protocol or FineTuneProtocol()
     check_seeds(seeds)
+    if cache_dir is None and _launched("WORLD_SIZE", 1) > 1:
+        raise ValueError(
+            f"{_launched('WORLD_SIZE', 1)} processes were launched and cache_dir is None; needed: a folder that all "
+            "of them see, or each would do all fits. Pass cache_dir, or start one process."
+        )
     subsets = {seed: nested_subsets(data.train.labels, sample_sizes, seed) for seed in seeds}
     arms = [replace(arm, checkpoint=local_folder(arm.checkpoint)) for arm in arms]
     run = _Sweep(subsets, data, protocol, ResultCache(cache_dir), jobs, together)
@@ -150,21 +174,28 @@ def sample_wise_learning_curves(
     )
     best = {
         (arm, size): max(
-            sorted(arm.attack.grid(protocol)), key=lambda v: results[_Fit(arm, size, first, v)].validation
+            sorted(arm.attack.grid(protocol)), key=lambda v: _rank(results[_Fit(arm, size, first, v)].validation)
         )
         for size, arm in points
     }
     results |= run([_Fit(arm, size, seed, best[arm, size]) for size, arm in points for seed in others], "other seeds")
+    accuracies = {
+        arm.name: [[results[_Fit(arm, n, seed, best[arm, n])].test for n in sample_sizes] for seed in seeds]
+        for arm in arms
+    }
     return LearningCurves(
         tuple(sample_sizes),
         tuple(seeds),
-        {
-            arm.name: [[results[_Fit(arm, n, seed, best[arm, n])].test for n in sample_sizes] for seed in seeds]
-            for arm in arms
-        },
+        accuracies,
         {arm.name: [best[arm, n] for n in sample_sizes] for arm in arms},
         len(results),
+        tuple(name for name, rows in accuracies.items() if np.isnan(rows).any()),
     )
+
+
+def _rank(validation: float) -> float:
+    """What the tuned value is chosen by: a fit that diverged is worse than any other."""
+    return -1.0 if math.isnan(validation) else validation
 
 
 def _launched(name: str, default: int) -> int:
@@ -330,7 +361,14 @@ def _fit(
             predicts = [attack.fit(models[0], loots[0], protocol, values[0], seeds[0])]
         else:
             predicts = attack.fit_together(models, loots, protocol, values, seeds)
-        return [Accuracies(accuracy_of(each, data.validation), accuracy_of(each, data.test)) for each in predicts]
+        return [_accuracies(each, data) for each in predicts]
+
+
+def _accuracies(predict: Predict, data: AttackData) -> Accuracies:
+    try:
+        return Accuracies(accuracy_of(predict, data.validation), accuracy_of(predict, data.test))
+    except FloatingPointError:
+        return Accuracies(math.nan, math.nan)
 
 
 def _load(fit: _Fit) -> PreTrainedModel:

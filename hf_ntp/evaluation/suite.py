@@ -15,6 +15,11 @@ from .runner import NOT_ARCHITECTURE, AttackData, LearningCurves, load_start, sa
 from .summary import retained_share, summarize
 
 _REFERENCE = "dense"
+DIVERGED = (
+    "the fit diverged at every value of its grid, or with another seed at the chosen one: no measurement, and no sign "
+    "of protection. Lower the learning rates"
+)
+"""Reason why an attack is listed as not run."""
 
 
 def baseline_of(attack: Attack) -> Attack:
@@ -91,6 +96,14 @@ def run_attacks(
         for key, attack in baselines.items()
     ]
     curves = sample_wise_learning_curves(arms, data, sample_sizes, seeds, protocol, cache_dir, jobs)
+    for arm in [arm for arm in arms if arm.name in curves.diverged]:
+        start, _, name = arm.name.partition("/")
+        if start == "scratch" or name == _REFERENCE:
+            raise FloatingPointError(f"{arm.name}: {DIVERGED}")
+        not_run[start][name] = DIVERGED
+        arms.remove(arm)
+    if not any(arm.name.startswith("protected/") for arm in arms):
+        raise FloatingPointError(f"{', '.join(curves.diverged)}: {DIVERGED}")
     return {
         "sample_sizes": list(curves.sample_sizes),
         "seeds": list(curves.seeds),

@@ -96,6 +96,9 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
             )
         TrainingArguments.__post_init__(self)
         checkpointing: Any = self.gradient_checkpointing_kwargs or {}
+        if self.gradient_checkpointing and self.ddp_find_unused_parameters is None:
+            # Off in Trainer with checkpointing: DDP would wait for parameters that a model does not use (DINOv2).
+            self.ddp_find_unused_parameters = not checkpointing.get("use_reentrant", False)
         if self.attackers and checkpointing.get("use_reentrant"):
             raise ValueError(
                 f"gradient_checkpointing_kwargs has use_reentrant=True with {self.attackers} simulated attackers, "

@@ -6,6 +6,7 @@ With labels the original's predictions are kept, without labels its features, or
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,10 +24,16 @@ from .config import NTPConfig
 from .distributed import average, gather_rows
 from .paired_data import collate, length_of
 
+logger = logging.getLogger(__name__)
+
 _FEATURE_SHARE = 0.1
 """Of a batch in the running mean of a distance of features."""
 _WINDOW = 1280
 """Images that the running mean of an error rate stands for."""
+_FIRST_LOOK = 128
+"""Images on which the original is checked before training."""
+_ABOVE_CHANCE = 0.1
+"""Of the way from chance to perfect: who is no further does not know a domain."""
 _LOOK_EVERY = 8
 """Optimizer steps between two looks at held-out images: each costs the passes of as many training steps."""
 
@@ -82,6 +89,34 @@ class SourceGuard(Guard):
         needed = args.source_distillation or args.source_tolerance
         self.original = _frozen_copy(model, args.device) if needed else None
         self._args, self.held_out = args, held_out
+
+    @torch.no_grad()
+    def check_original(self, source: Dataset) -> None:
+        """Warn if the original model does not classify the source: there would be nothing to lose, and to keep.
+
+        Args:
+            source: Training images, for where none are held out.
+        """
+        if self.original is None:
+            return
+        data = source if self.held_out is None else self.held_out
+        rows = np.random.default_rng(0).permutation(length_of(data))[:_FIRST_LOOK].tolist()
+        right, labels = 0, []
+        for start in range(0, len(rows), self._args.per_device_train_batch_size):
+            batch = collate(fetch_rows(data, rows[start : start + self._args.per_device_train_batch_size]))
+            logits = self.original(pixel_values=batch["pixel_values"].to(self._args.device)).logits
+            right += int((logits.argmax(-1).cpu() == batch["labels"]).sum())
+            labels += batch["labels"].tolist()
+        accuracy, chance = right / len(labels), max(map(labels.count, set(labels))) / len(labels)
+        if accuracy <= chance + _ABOVE_CHANCE * (1 - chance):
+            logger.warning(
+                "The model before protection classifies %.0f %% of %d authorized images correctly, of which the most "
+                "frequent class has %.0f %%: it does not know the source, so that nothing can be kept. Train its head "
+                "first (recipes/ntp_vit.py does), or check that its classes have the order of your labels.",
+                100 * accuracy,
+                len(labels),
+                100 * chance,
+            )
 
     def compare(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
         """Note the excess on a source batch where no other images are held out, and return the distillation loss.

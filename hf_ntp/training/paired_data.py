@@ -215,6 +215,11 @@ def as_pixels(
     Raises:
         ValueError: If images come without a processor.
     """
+    if isinstance(data, datasets.IterableDataset) and _has_images(data):
+        raise ValueError(
+            f"{name} is a stream of images; needed: a datasets.Dataset, whose images are resized once, or rows with "
+            "'pixel_values'. Load it without streaming=True, or add them with map()."
+        )
     if not isinstance(data, datasets.Dataset):
         return data
     if image_processor is None:
@@ -223,6 +228,10 @@ def as_pixels(
             "processing_class=AutoImageProcessor.from_pretrained(..., backend='pil')."
         )
     return PixelDataset.from_dataset(data, image_processor, labelled=labelled)
+
+
+def _has_images(stream: datasets.IterableDataset) -> bool:
+    return any(isinstance(feature, datasets.Image) for feature in (stream.features or {}).values())
 
 
 def evaluation_data(data: Any, image_processor: BaseImageProcessor | None, labelled: bool = True) -> Any:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from .paired_data import Transform, collate
+from .terms import not_finite
 
 SMALL_VIT: dict[str, Any] = {
     "patch_size": 4,
@@ -136,4 +137,9 @@ def train(
         model=model, args=args, train_dataset=train_dataset, data_collator=lambda rows: views(collate(rows), rng)
     )
     trainer.train()
+    if broken := not_finite({"the weights": [*model.parameters(), *model.buffers()]}):
+        raise FloatingPointError(
+            f"{', '.join(broken)} are not finite after {steps} steps of training on the authorized images; needed: a "
+            f"model that has learned them. Lower learning_rate, {learning_rate} (a recipe's pretrain_learning_rate)."
+        )
     return trainer.state.log_history

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -92,6 +94,28 @@ def _sum_over_shards(sums: Tensor, like: Tensor) -> Tensor:
 def _mask(rule: MaskRule, i: int, tensor: Tensor) -> Tensor:
     """Mask of the i-th tensor, cut as it is: thresholds and ties are those of the whole, of one layer at a time."""
     return _cut_like(rule(i, _whole(tensor)), tensor)
+
+
+def check_names(model: nn.Module, **patterns: Sequence[str]) -> None:
+    """Check that every pattern for names of parameters means some.
+
+    Args:
+        model: The model under protection.
+        patterns: Regular expressions, by the option that holds them.
+
+    Raises:
+        ValueError: If a pattern matches no name: what it was meant for would be pruned, or not, without a word.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for option, given in patterns.items():
+        for pattern in given:
+            if not any(re.search(pattern, name) for name in names):
+                close = difflib.get_close_matches(pattern, names, 3, 0.0)
+                raise ValueError(
+                    f"{option} has {pattern!r}, which is found in no name of the {len(names)} parameters of "
+                    f"{type(model).__name__}; needed: regular expressions (re.search) that match some, such as "
+                    f"{', '.join(map(re.escape, close))}."
+                )
 
 
 def check_pattern(weights: Mapping[str, Tensor], pattern: str) -> None:

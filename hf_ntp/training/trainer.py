@@ -73,7 +73,7 @@ from .paired_data import (
     labels_of,
     length_of,
 )
-from .pruning import ADMMPruner, check_pattern
+from .pruning import ADMMPruner, check_names, check_pattern
 from .pseudo_labels import with_clusters
 from .target_head import TargetHead
 from .terms import Reading, Terms, not_finite
@@ -84,6 +84,8 @@ logger = logging.getLogger(__name__)
 _HELD_BACK = 0.1
 # Z-steps without which the weights have not been led to zero when the mask is fixed.
 _FEW_Z_STEPS = 3
+# Errors on so few images as a guard sees scatter by less.
+_LOSS_OF_NOTE = 0.02
 # Shorter is no length: what has none cannot be given one by a factor.
 _NO_LENGTH = 1e-12
 
@@ -228,6 +230,7 @@ class NTPTrainer(Trainer):
         self._check_fit(network, args, len(paired))
         shares = shares_of(args.target_weights, list(targets), "target_weights")
         self._target_shares = shares or [1 / len(targets)] * len(targets)
+        check_names(network, prune_include=args.prune_include, prune_exclude=args.prune_exclude)
         self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
         check_pattern(self.prunable, args.prune_pattern)
         self.paired_sampler = PairedSampler(
@@ -490,6 +493,7 @@ class NTPTrainer(Trainer):
         self._heed(self._terms.read())
         self._check_state()
         self._warn_if_held_back()
+        self._warn_of_loss()
         self.model.config.ntp = {
             "method": "non-transferable-pruning",
             "sparsity": zero_fraction(list(self.prunable.values())),
@@ -499,6 +503,19 @@ class NTPTrainer(Trainer):
             "head_name": self.args.head_name,
             **({"encoder_name": self.args.encoder_name} if self._headless else {}),
         }
+
+    def _warn_of_loss(self) -> None:
+        """Say so if the model ends far beyond what it was allowed to lose on the source."""
+        excess, last = float(self._guard.excess), self._guard.tolerance[-1] if self._guard.tolerance else math.inf
+        if excess > max(2 * last, last + _LOSS_OF_NOTE):
+            kind = "feature_tolerance" if isinstance(self._guard, FeatureGuard) else "source_tolerance"
+            logger.warning(
+                "On authorized images the model ends %.3g worse than the original (source_excess); %s allows %g. "
+                "Train longer, or lower learning_rate, sparsity or attacker_weight.",
+                excess,
+                kind,
+                last,
+            )
 
     def _warn_if_held_back(self) -> None:
         """Say so if the source guard has switched off what was to protect."""
@@ -555,6 +572,8 @@ class NTPTrainer(Trainer):
             )
             rows = self.args.per_device_train_batch_size * (self.paired_sampler.draws - 1)
             self._pool.check_shares(rows, self.args.gradient_accumulation_steps)
+        if isinstance(self._guard, SourceGuard):
+            self._guard.check_original(self.train_dataset.source)
         self._pruning_log, self._terms = {"sparsity": torch.zeros(())}, self._new_terms()
         self._attacked, self._leaving, self._ended = {}, False, False
         # A head beside features that are matched gets no gradient, for which DDP would wait.
