@@ -38,6 +38,8 @@ QUICK = (
     "--attack_learning_rates 1e-3 --report_to none --disable_tqdm true --source_max_samples 300 --jobs 1"
 ).split()
 
+DEMO = ["--source_dataset", "mnist", "--target_dataset", "optdigits"]
+
 
 @pytest.fixture(scope="module")
 def recipe():
@@ -248,11 +250,59 @@ def test_a_model_of_other_classes_is_not_taken_as_trained(recipe, tmp_path, caps
     model.config.id2label = {i: f"animal{i}" for i in range(10)}
     model.save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
-    arguments, config = recipe.parse(["--model_name_or_path", str(tmp_path)])
+    arguments, config = recipe.parse(["--model_name_or_path", str(tmp_path), *DEMO])
     digits = [str(i) for i in range(10)]
     assert recipe.base_model(arguments, config, digits).learning_rate == 5e-5
     assert "does not classify the source (10 classes: animal0" in capsys.readouterr().out
     assert recipe.base_model(arguments, config, [f"animal{i}" for i in range(10)]).learning_rate is None
+    assert recipe.base_model(arguments, config, [f"Animal{9 - i}" for i in range(10)]).learning_rate is None
+
+
+@pytest.mark.parametrize("given", ["--source_dataset", "--target-dataset"])
+def test_your_own_model_needs_your_own_domains(recipe, capsys, given):
+    """The demo's would be taken without a word, and the model's head thrown away."""
+    with pytest.raises(SystemExit):
+        recipe.parse(["--model_name_or_path", "org/model", given, "mnist"])
+    missing = ({"source_dataset", "target_dataset"} - {given[2:].replace("-", "_")}).pop()
+    assert f"--model_name_or_path is given and --{missing} not" in capsys.readouterr().err
+
+
+def test_a_run_of_what_lies_under_the_same_names_and_is_another_is_refused(recipe, tmp_path):
+    """Classes in another order than the data's are brought into the model's; then model or images change in place."""
+    rng = np.random.default_rng(0)
+
+    def write(domain, label, shade, count=40):
+        (tmp_path / domain / label).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = np.clip(rng.normal(shade, 20, (8, 8, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / domain / label / f"{i}.png")
+
+    def write_model(seed):
+        model = tiny_resnet(num_labels=2, seed=seed)
+        model.config.id2label = {0: "Dark", 1: "Bright"}
+        model.config.label2id = {"Dark": 0, "Bright": 1}
+        model.save_pretrained(tmp_path / "model")
+
+    for domain in ("ours", "theirs"):
+        write(domain, "dark", 40)
+        write(domain, "bright", 200)
+    write_model(0)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+    options = ["--model_name_or_path", str(tmp_path / "model"), "--source_dataset", str(tmp_path / "ours")]
+    options += ["--target_dataset", str(tmp_path / "theirs"), "--output_dir", str(tmp_path / "run"), *QUICK]
+    options += ["--owner_fraction", "0.5"]
+    results = recipe.main(options)
+    record = read_record(tmp_path / "run" / "protected")
+    assert record["authorized_domains"][0]["classes"] == ["Dark", "Bright"]
+    assert "fine_tuning_steps" not in record["base_model"]
+    assert recipe.main(options) == results
+    write_model(1)
+    with pytest.raises(ValueError, match=r"holds another run \(weights"):
+        recipe.main(options)
+    write_model(0)
+    write("theirs", "dark", 90, count=1)
+    with pytest.raises(ValueError, match=r"holds another run \(data"):
+        recipe.main(options)
 
 
 def test_a_model_from_the_hub_is_named_with_its_commit(recipe, hub, tmp_path):
@@ -265,7 +315,7 @@ def test_a_model_from_the_hub_is_named_with_its_commit(recipe, hub, tmp_path):
         commits.append(api.upload_folder(repo_id="org/base", folder_path=tmp_path).oid)
     digits = [str(i) for i in range(10)]
     for options, commit in (([], commits[1]), (["--model_revision", commits[0]], commits[0])):
-        arguments, config = recipe.parse(["--model_name_or_path", "org/base", *options])
+        arguments, config = recipe.parse(["--model_name_or_path", "org/base", *DEMO, *options])
         assert recipe.base_model(arguments, config, digits).revision == commit
 
 
@@ -274,7 +324,7 @@ def test_which_of_two_heads(recipe, tmp_path):
     model = DeiTForImageClassificationWithTeacher(DeiTConfig(image_size=8, patch_size=4, num_labels=3, **size))
     model.save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
-    arguments, config = recipe.parse(["--model_name_or_path", str(tmp_path), "--head_name", "cls_classifier"])
+    arguments, config = recipe.parse(["--model_name_or_path", str(tmp_path), *DEMO, "--head_name", "cls_classifier"])
     made = recipe.base_model(arguments, config, ["cat", "dog"])
     assert made.learning_rate == 5e-5
     assert (made.model.cls_classifier.out_features, made.model.distillation_classifier.out_features) == (2, 3)

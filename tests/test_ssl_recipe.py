@@ -54,11 +54,14 @@ def test_a_preset_goes_before_the_recipes_own_file(tmp_path):
         )  # fmt: skip
 
 
+DEMO = ["--source_dataset", "mnist", "--target_dataset", "optdigits"]
+
+
 def given(folder, model):
     """Save a model with an image processor, as anybody would have it."""
     model.save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
-    return ["--model_name_or_path", str(folder)]
+    return ["--model_name_or_path", str(folder), *DEMO]
 
 
 def test_a_masked_autoencoder_stays_one(finished):
@@ -80,7 +83,7 @@ def test_a_masked_autoencoder_stays_one(finished):
 
 
 def test_no_classifier_for_a_masked_autoencoder(finished, tmp_path):
-    options = ["--model_name_or_path", str(finished[0] / "unprotected"), "--output_dir", str(tmp_path / "run")]
+    options = ["--model_name_or_path", str(finished[0] / "unprotected"), *DEMO, "--output_dir", str(tmp_path / "run")]
     with pytest.raises(ValueError, match=r"has a ViTMAEConfig, for which transformers has no image .*ntp_ssl.py"):
         ntp_vit.main([*options, *QUICK])
     assert not (tmp_path / "run").exists()

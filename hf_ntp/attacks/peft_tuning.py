@@ -19,7 +19,7 @@ _ADAPTABLE_MODULES = (nn.Linear, nn.Conv2d, nn.Conv3d)
 # Adapters start at zero effect and only move a small factor of each weight, so the best rate lies above that of full
 # fine-tuning, for LoRA about tenfold. The grid is log-spaced by about 3: this shifts it by one point.
 _PEFT_RATE_FACTOR = 3.0
-# Of the spread of a layer's weights: too small to change what the model computes.
+# Of the spread of a layer's weights: small beside every other channel.
 _REVIVED = 1e-3
 
 
@@ -92,7 +92,7 @@ def revive_dead_channels(model: PreTrainedModel, modules: list[str]) -> None:
         modules: Dotted names of its layers.
     """
     for name in modules:
-        weight = model.get_submodule(name).weight
+        weight: Any = model.get_submodule(name).weight
         dead = weight.flatten(1).norm(dim=1) == 0
         spread = float(weight.norm()) / weight.numel() ** 0.5 or 1.0
         weight[dead] = _REVIVED * spread * torch.randn_like(weight[dead])

@@ -153,6 +153,15 @@ def test_image_folder_with_splits(tmp_path):
     assert [len(part) for part in load_domain(str(tmp_path / "pets")).values()] == [26, 4, 30]
 
 
+def test_folders_that_only_capitals_keep_from_being_splits(tmp_path):
+    """`datasets` would make one split of them, and test images would be trained on."""
+    for split in ("Train", "Test"):
+        image_folder(tmp_path / "pets" / split)
+    with pytest.raises(ValueError, match=r"no splits for their capital letters; .*Rename 'Test' to 'test'"):
+        load_domain(str(tmp_path / "pets"))
+    assert len(load_domain(str(image_folder(tmp_path / "tests", ("Test", "Other"))))["train"]) == 12
+
+
 def test_image_folder_without_classes(tmp_path):
     flat = image_folder(tmp_path / "pets") / "cat"
     with pytest.raises(ValueError, match=r"found columns image \(Image\); needed a label column"):

@@ -235,6 +235,13 @@ def test_labels_are_checked_before_any_work():
         PixelDataset(labelled([GREY]), VIT, fingerprint="")
 
 
+def test_transforms_that_would_not_be_applied_are_refused():
+    data = labelled([GREY, GREY], [0, 1])
+    with pytest.raises(ValueError, match=r"set_transform, with_transform.*source_transform of NTPTrainer"):
+        PixelDataset.from_dataset(data.with_transform(lambda rows: rows), VIT)
+    assert len(PixelDataset.from_dataset(data.with_format("torch"), VIT)) == 2
+
+
 class Torchvision(ViTImageProcessorPil):
     """Says that it uses the other backend."""
 

@@ -265,3 +265,17 @@ def test_a_gpu_trains_many_small_models_in_the_time_of_few(attack, checkpoints):
         sample_wise_learning_curves(arms, attack, [8, 12, 24], range(6), protocol, jobs=1, together=together)
         seconds[together] = perf_counter() - begin
     assert seconds[1] > 5 * seconds[None]
+
+
+def test_parts_of_other_classes_are_refused(attack):
+    other = pixels(12, 2, classes=2)
+    with pytest.raises(
+        ValueError, match=r"parts of the target have different classes \(train: 0, 1, 2; .*test: 0, 1\)"
+    ):
+        AttackData(attack.train, attack.validation, other)
+
+
+def test_several_processes_need_a_folder_they_share(checkpoints, attack, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched and cache_dir is None"):
+        sample_wise_learning_curves(standard_arms(*checkpoints), attack, [6, 12], [0], QUICK)

@@ -6,8 +6,11 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from hf_ntp import FineTuneProtocol
+from hf_ntp.attacks import FineTuning
 from hf_ntp.evaluation import runner
+from hf_ntp.evaluation import suite as suite_module
 from hf_ntp.evaluation.controls import prune_without_protection
+from hf_ntp.evaluation.measure import measure_transfer
 from hf_ntp.evaluation.suite import run_attacks
 from hf_ntp.models import prunable_weights
 
@@ -117,3 +120,36 @@ def test_controls_have_the_zeros_of_the_protected_model(checkpoints, tmp_path, k
 def test_unknown_control(checkpoints, tmp_path):
     with pytest.raises(ValueError, match="'magnitude' or 'random'"):
         prune_without_protection(*checkpoints[:1], tmp_path / "x", checkpoints[1], "clever")
+
+
+class Broken(FineTuning):
+    """Diverges above a rate; what it leaves predicts nothing."""
+
+    def fit(self, model, loot, protocol, value, seed):
+        with torch.no_grad():
+            if value > 1e-3 or self.longer > 1:
+                next(model.parameters()).fill_(torch.nan)
+        return super().fit(model, loot, protocol, value, seed)
+
+
+def test_an_attack_that_diverges_is_no_measurement(checkpoints, attack, monkeypatch, tmp_path):
+    """NaN is the largest value to argmax: such a fit looked like an attacker at chance, from the cache as well."""
+    monkeypatch.setitem(suite_module.ATTACKS, "at_times", Broken())
+    monkeypatch.setitem(suite_module.ATTACKS, "always", Broken(longer=3))
+    for _ in range(2):
+        results = suite(checkpoints, attack, ["dense", "at_times", "always"], cache_dir=tmp_path / "fits")
+        assert results["starts"]["protected"]["at_times"]["tuned"] == [1e-3, 1e-3]
+        for start in ("protected", "unprotected"):
+            assert set(results["starts"][start]) == {"dense", "at_times"}
+            assert results["not_run"][start]["always"].startswith("the fit diverged at every value")
+        json.dumps(results, allow_nan=False)
+    with pytest.raises(FloatingPointError, match="protected/always, unprotected/always: the fit diverged"):
+        suite(checkpoints, attack, ["always"])
+
+
+def test_scratch_that_diverges_stops_the_measurement(checkpoints, attack, monkeypatch):
+    monkeypatch.setattr(runner, "_accuracies", lambda *_: runner.Accuracies(float("nan"), float("nan")))
+    with pytest.raises(FloatingPointError, match="the fit diverged"):
+        suite(checkpoints, attack, ["dense"])
+    with pytest.raises(FloatingPointError, match=r"fits of scratch, .* diverged at every rate"):
+        measure_transfer(*checkpoints, attack, [6, 12], [0], QUICK, jobs=1)

@@ -81,3 +81,17 @@ def test_presets(tmp_path):
     )
     with pytest.raises(ValueError, match="needed: one of 'adaptive', 'adaptive_convnet', 'paper', 'published'"):
         NTPConfig.from_preset("strong", **options)
+
+
+def config_of(folder, **options):
+    return NTPConfig(output_dir=str(folder), report_to="none", use_cpu=True, **options)
+
+
+def test_ddp_does_not_wait_for_what_checkpointed_models_do_not_use(tmp_path):
+    """DINOv2 has a mask token without a gradient; Trainer looks for such parameters only without checkpointing."""
+    assert config_of(tmp_path, gradient_checkpointing=True).ddp_find_unused_parameters is True
+    told = config_of(tmp_path, gradient_checkpointing=True, ddp_find_unused_parameters=False)
+    assert told.ddp_find_unused_parameters is False
+    assert config_of(tmp_path).ddp_find_unused_parameters is None
+    reentrant = {"gradient_checkpointing_kwargs": {"use_reentrant": True}, "attackers": 0}
+    assert config_of(tmp_path, gradient_checkpointing=True, **reentrant).ddp_find_unused_parameters is False

@@ -148,6 +148,39 @@ def test_a_guard_that_switches_protection_off_says_so(tmp_path, caplog, toleranc
     assert max(shares[len(shares) // 2 :]) < 0.1 if warning else min(shares) == 1
 
 
+def test_an_original_that_does_not_know_the_source_is_named(tmp_path, caplog):
+    """Three classes, equally frequent: a third is chance, 40 % and less no knowledge."""
+    model = tiny_vit()
+    learn(model, Rows())
+    trainer(tmp_path, model, max_steps=1, evaluation=Rows()).train()
+    assert "does not know the source" not in caplog.text
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    trainer(tmp_path, model, max_steps=1, evaluation=Rows(size=30)).train()
+    found = "classifies 33 % of 30 authorized images correctly, of which the most frequent class has 33 %"
+    assert found in caplog.text
+    caplog.clear()
+    trainer(tmp_path, model, max_steps=1, source_tolerance=[], source_distillation=0.0).train()
+    assert "does not know the source" not in caplog.text, "nothing of the original is kept"
+
+
+def test_a_model_that_lost_more_than_allowed_says_so(tmp_path, caplog):
+    model = tiny_vit()
+    learn(model, Rows())
+    options = {"max_steps": 40, "learning_rate": 0.05, "sparsity": 0.99, "evaluation": Rows()}
+    trainer(tmp_path, model, source_tolerance=[0.001, 0.001], **options).train()
+    assert re.search(r"the model ends 0\.\d+ worse than the original \(source_excess\); source_tolerance", caplog.text)
+    caplog.clear()
+    trainer(tmp_path, model, source_tolerance=[1.0, 1.0], **options).train()
+    assert "worse than the original" not in caplog.text
+
+
+@pytest.mark.parametrize("option", ["prune_include", "prune_exclude"])
+def test_a_pattern_that_means_no_weight_is_refused(tmp_path, option):
+    with pytest.raises(ValueError, match=rf"{option} has 'classifer', which .* such as .*classifier\\.weight"):
+        trainer(tmp_path, **{option: ["attention", "classifer"]})
+
+
 def test_strength_is_logged_where_attackers_are_all_there_is(tmp_path):
     ours = trainer(tmp_path, **{**NO_TARGET, "attackers": 2, "target_warmup": 0.5, "source_tolerance": []})
     ours.train()
@@ -174,6 +207,13 @@ def test_only_authorized_evaluation_data_count(tmp_path, caplog):
     assert trainer(tmp_path, evaluation=stream)._guard.held_out is None
     with pytest.raises(ValueError, match=r"eval_dataset.*3"):
         trainer(tmp_path, evaluation=Rows(classes=5))
+
+
+def test_a_stream_of_images_is_refused_before_training(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=3)})
+    data = datasets.IterableDataset.from_generator(lambda: iter(()), features=features)
+    with pytest.raises(ValueError, match="eval_dataset is a stream of images"):
+        trainer(tmp_path, evaluation=data)
 
 
 def test_a_checkpoint_of_other_evaluation_data_is_refused(tmp_path):
