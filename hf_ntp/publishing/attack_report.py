@@ -14,12 +14,15 @@ _BROKEN, _HELD, _UNPROTECTED = "#d1495b", "#00798c", "#9a9a9a"
 def attacks_table(results: Mapping[str, Any]) -> str:
     """Markdown table of every attack: what the checkpoint was worth before and after protection.
 
+    Under "at edge" is for how many of the sizes the protected model's attacker chose the first or last value of the
+    grid: one that goes further might get more.
+
     Args:
         results: What :func:`hf_ntp.evaluation.suite.run_attacks` returns.
     """
     protected, unprotected = results["starts"]["protected"], results["starts"].get("unprotected", {})
     controls = [start for start in results["starts"] if start not in ("protected", "unprotected")]
-    head = ["attack", "unprotected", "protected", "95 % interval", "retained", *controls]
+    head = ["attack", "unprotected", "protected", "95 % interval", "retained", "at edge", *controls]
     rows = [head, ["---", *("---:" for _ in head[1:])]]
     for name in sorted(protected, key=lambda name: -protected[name]["normalized"]):
         low, high = protected[name]["ci"]["normalized"]
@@ -30,6 +33,7 @@ def attacks_table(results: Mapping[str, Any]) -> str:
                 _area(protected[name]),
                 f"[{low:+.3f}, {high:+.3f}]" if low is not None else "",
                 _percent(results["retained_transfer"]["protected"][name]),
+                f"{edge} of {len(results['sample_sizes'])}" if (edge := protected[name]["at_edge"]) else "",
                 *(_area(results["starts"][start].get(name)) for start in controls),
             ]
         )
@@ -41,6 +45,7 @@ def attacks_table(results: Mapping[str, Any]) -> str:
             f"{worst['protected']['slc_auc']:+.3f}",
             "",
             _percent(worst["protected"]["retained_transfer"]),
+            "",
             *(f"{worst[start]['slc_auc']:+.3f}" for start in controls),
         ]
     )

@@ -6,15 +6,16 @@ from PIL import Image
 from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
 
 
-def entry(area, low=None, high=None):
-    return {"normalized": area, "ci": {"normalized": [low, high]}}
+def entry(area, low=None, high=None, edge=0):
+    return {"normalized": area, "ci": {"normalized": [low, high]}, "at_edge": edge}
 
 
 @pytest.fixture
 def results():
     return {
+        "sample_sizes": [10, 30, 100],
         "starts": {
-            "protected": {"dense": entry(0.05, -0.01, 0.11), "lora": entry(-0.2, -0.3, -0.1)},
+            "protected": {"dense": entry(0.05, -0.01, 0.11), "lora": entry(-0.2, -0.3, -0.1, edge=2)},
             "unprotected": {"dense": entry(0.2), "lora": entry(-0.1)},
             "magnitude_pruned": {"dense": entry(0.18)},
         },
@@ -29,11 +30,11 @@ def results():
 
 def test_the_table_in_full(results):
     assert attacks_table(results).splitlines() == [
-        "| attack | unprotected | protected | 95 % interval | retained | magnitude_pruned |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| dense | +0.200 | +0.050 | [-0.010, +0.110] | 25 % | +0.180 |",
-        "| lora | -0.100 | -0.200 | [-0.300, -0.100] |  |  |",
-        "| **worst case** | +0.200 | +0.050 |  | 25 % | +0.180 |",
+        "| attack | unprotected | protected | 95 % interval | retained | at edge | magnitude_pruned |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| dense | +0.200 | +0.050 | [-0.010, +0.110] | 25 % |  | +0.180 |",
+        "| lora | -0.100 | -0.200 | [-0.300, -0.100] |  | 2 of 3 |  |",
+        "| **worst case** | +0.200 | +0.050 |  | 25 % |  | +0.180 |",
     ]
 
 
