@@ -33,10 +33,12 @@ def test_some_sections(monkeypatch, tmp_path, capsys):
     assert run.README.read_text() == before
 
 
-def test_an_update_of_the_reference_is_ours():
+@pytest.mark.parametrize("selects", [False, True])
+def test_an_update_of_the_reference_is_ours(selects):
     """Times can be compared because results are equal, up to a zero per layer (Fisher terms: in their own tests)."""
     weights = measurements.prunable_weights(measurements.resnet_50(1 / 16, 4))
-    ours, plain = measurements.ADMMPruner(weights, 0.9, rho=0.05), measurements.reference.ReferenceADMM(weights, 0.05)
+    ours = measurements.ADMMPruner(weights, 0.9, rho=0.05)
+    plain = measurements.reference.ReferenceADMM(weights, 0.05, selects)
     for progress in (0.3, 0.7):
         found = ours.update(progress)
         primal, dual = plain.update(ours.sparsity)

@@ -264,13 +264,15 @@ def admm() -> list[dict[str, float]]:
     for scale in RESNET_SCALES:
         weights = prunable_weights(resnet_50(scale))
         ours, plain = ADMMPruner(weights, 0.9, rho=0.05), reference.ReferenceADMM(weights, 0.05)
+        selecting = reference.ReferenceADMM(weights, 0.05, selects=True)
         for weight in weights.values():
             weight.grad = torch.zeros_like(weight)
         ours.update(0.2)
         with torch.no_grad():
             for weight in weights.values():
                 weight.add_(0.2 * weight.std() * torch.randn_like(weight))
-        update = side_by_side(ADMM_TURNS, lambda: ours.update(0.5), lambda: plain.update(0.7875))  # noqa: B023
+        calls = (lambda: ours.update(0.5), lambda: plain.update(0.7875), lambda: selecting.update(0.7875))  # noqa: B023
+        update = side_by_side(ADMM_TURNS, *calls)
         penalty = side_by_side(ADMM_TURNS, ours.add_penalty_gradient, plain.penalty_step)
         size = sum(weight.numel() for weight in weights.values())
         found.append({"weights": size, "update": update, "penalty": penalty})

@@ -20,10 +20,11 @@ class ReferenceADMM:
     Args:
         weights: Prunable parameters by name.
         rho: Penalty parameter.
+        selects: Whether the threshold is selected (`torch.kthvalue`) instead of read off a sorted list.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], rho: float) -> None:
-        self.weights, self.rho = weights, rho
+    def __init__(self, weights: Mapping[str, nn.Parameter], rho: float, selects: bool = False) -> None:
+        self.weights, self.rho, self.selects = weights, rho, selects
         self.sparse = {name: weight.detach().clone() for name, weight in weights.items()}
         self.dual = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self.mask = {name: torch.ones_like(weight) for name, weight in weights.items()}
@@ -42,8 +43,11 @@ class ReferenceADMM:
         for name, weight in self.weights.items():
             shifted = weight + self.dual[name]
             magnitude = shifted.abs()
-            ordered, _ = torch.sort(magnitude.flatten())
-            threshold = ordered[max(0, int(sparsity * len(ordered) + 0.5) - 1)]
+            place = max(1, int(sparsity * magnitude.numel() + 0.5))
+            if self.selects:
+                threshold = magnitude.flatten().kthvalue(place).values
+            else:
+                threshold = torch.sort(magnitude.flatten()).values[place - 1]
             self.mask[name] = (magnitude > threshold).float()
             previous, self.sparse[name] = self.sparse[name], shifted * self.mask[name]
             self.dual[name] = self.dual[name] + weight - self.sparse[name]

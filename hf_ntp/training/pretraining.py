@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -88,7 +89,7 @@ def train_classifier(
         output_dir: For Trainer; nothing is saved there.
         steps: Optimizer steps.
         learning_rate: Peak rate.
-        batch_size: Images per step and device.
+        batch_size: Images per step, over all processes.
         transform: Augmentation of batches.
         seed: Seed of order and augmentation.
         use_cpu: As in `TrainingArguments`; the same as in a configuration made before, or several processes would
@@ -132,6 +133,8 @@ def train(
         seed=seed,
         use_cpu=use_cpu,
     )
+    # As many images per step whatever the number of processes.
+    args.per_device_train_batch_size = math.ceil(batch_size / args.world_size)
     rng = np.random.default_rng(seed)
     trainer = Trainer(
         model=model, args=args, train_dataset=train_dataset, data_collator=lambda rows: views(collate(rows), rng)
