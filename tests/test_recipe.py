@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -414,6 +415,16 @@ def test_attacking_the_result(finished, tmp_path):
     again = attack(run, tmp_path / "out", *options)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     assert "| **worst case** |" in again.stdout
+
+
+def test_an_attack_on_other_weights_under_the_same_name_is_refused(finished, tmp_path):
+    """Its controls would have another sparsity."""
+    shutil.copytree(finished[0] / "protected", tmp_path / "protected")
+    done = attack(tmp_path, tmp_path / "out", "--attacks", "linear_probe")
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copy(finished[0] / "unprotected" / "model.safetensors", tmp_path / "protected")
+    done = attack(tmp_path, tmp_path / "out", "--attacks", "linear_probe")
+    assert "holds another run (weights_of_starts" in done.stderr
 
 
 @pytest.mark.parametrize(

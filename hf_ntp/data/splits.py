@@ -129,6 +129,7 @@ def _checked_sizes(sample_sizes: Sequence[int], available: int) -> list[int]:
     if sizes[-1] > available:
         raise ValueError(
             f"sample_sizes go up to {sizes[-1]}, but only {available} labelled rows are available. "
-            f"Use sizes of {available} at most, or more data."
+            f"Use sizes of {available} at most, or more data; where the owner trains on a target, the attacker "
+            "has what owner_fraction leaves."
         )
     return [int(size) for size in sizes]

@@ -110,8 +110,8 @@ def measure_transfer(
     if curves.diverged:
         raise FloatingPointError(
             f"fits of {', '.join(curves.diverged)} diverged at every rate of {list(protocol.learning_rates)}, or with "
-            " another seed at the chosen one; needed: an attacker who learns, or the model would look "
-            "protected. Lower the learning rates."
+            "another seed at the chosen one; needed: an attacker who learns, or the model would look protected. Lower "
+            "the learning rates."
         )
     return Transfer(curves, scratch_convergence(arms[0], curves, protocol, shared), protocol)
 
@@ -186,7 +186,8 @@ def measure_source(
         raise ValueError(
             f"the model has no classification head for the {test.num_classes} classes of the authorized images, and "
             "source_train is None; needed: labelled authorized images, to which a linear probe and nearest neighbours "
-            "are fitted. Pass source_train; or, if only the names differ, set the model's id2label."
+            "are fitted. Pass source_train; or, if only the spelling of the names differs, set the model's id2label, and "
+            "if their order does, use align_labels_with_mapping on the images."
         )
     found = SourceUtility(*(source_utility(model, train, test) for model in (before, after)))
     return SourceAccuracy(found.before.linear_probe, found.after.linear_probe, len(test), "linear_probe"), found
