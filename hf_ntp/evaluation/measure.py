@@ -186,8 +186,8 @@ def measure_source(
         raise ValueError(
             f"the model has no classification head for the {test.num_classes} classes of the authorized images, and "
             "source_train is None; needed: labelled authorized images, to which a linear probe and nearest neighbours "
-            "are fitted. Pass source_train; or, if only the spelling of the names differs, set the model's id2label, and "
-            "if their order does, use align_labels_with_mapping on the images."
+            "are fitted. Pass source_train; or, if only the spelling of the names differs, set the model's id2label, "
+            "and if their order does, use align_labels_with_mapping on the images."
         )
     found = SourceUtility(*(source_utility(model, train, test) for model in (before, after)))
     return SourceAccuracy(found.before.linear_probe, found.after.linear_probe, len(test), "linear_probe"), found
