@@ -63,9 +63,10 @@ class PeftTuning(Attack):
         """Train adapters and head at peak rate ``value``; see :class:`Attack`."""
         replace_head(model, loot.num_labels, torch.Generator().manual_seed(seed))
         torch.manual_seed(seed)  # adapters are drawn from the global generator
+        modules = adaptable_modules(model)
         if self.kind == "dora":
-            revive_dead_channels(model, adaptable_modules(model))
-        inject_adapter_in_model(self._config(adaptable_modules(model)), model)
+            revive_dead_channels(model, modules)
+        inject_adapter_in_model(self._config(modules), model)
         _, head = find_head(model)
         head.requires_grad_(True)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -46,6 +47,8 @@ class Guard:
         device: Where the mean is kept.
     """
 
+    option: ClassVar[str]
+    """Name of the option that holds the tolerance."""
     held_out: Dataset | None = None
     """Images that it looks at, where those are not the training batches."""
 
@@ -84,6 +87,8 @@ class SourceGuard(Guard):
         held_out: Rows of "pixel_values" and "labels" that no step trains on; None to judge on training batches.
     """
 
+    option = "source_tolerance"
+
     def __init__(self, model: PreTrainedModel, args: NTPConfig, held_out: Dataset | None = None) -> None:
         super().__init__(args.source_tolerance, args.device)
         needed = args.source_distillation or args.source_tolerance
@@ -102,11 +107,9 @@ class SourceGuard(Guard):
         data = source if self.held_out is None else self.held_out
         rows = np.random.default_rng(0).permutation(length_of(data))[:_FIRST_LOOK].tolist()
         right, labels = 0, []
-        for start in range(0, len(rows), self._args.per_device_train_batch_size):
-            batch = collate(fetch_rows(data, rows[start : start + self._args.per_device_train_batch_size]))
-            logits = self.original(pixel_values=batch["pixel_values"].to(self._args.device)).logits
-            right += int((logits.argmax(-1).cpu() == batch["labels"]).sum())
-            labels += batch["labels"].tolist()
+        for images, truth in self._batches(data, rows):
+            right += int((self.original(pixel_values=images).logits.argmax(-1) == truth).sum())
+            labels += truth.tolist()
         accuracy, chance = right / len(labels), max(map(labels.count, set(labels))) / len(labels)
         if accuracy <= chance + _ABOVE_CHANCE * (1 - chance):
             logger.warning(
@@ -159,12 +162,17 @@ class SourceGuard(Guard):
         training = model.training
         model.eval()
         lost = torch.zeros((), device=args.device)
-        for start in range(0, len(rows), args.per_device_train_batch_size):
-            batch = collate(fetch_rows(self.held_out, rows[start : start + args.per_device_train_batch_size]))
-            images, labels = batch["pixel_values"].to(args.device), batch["labels"].to(args.device)
+        for images, labels in self._batches(self.held_out, rows):
             lost += _lost(self.original(pixel_values=images).logits, model(pixel_values=images).logits, labels)
         model.train(training)
         self._note(average(lost) * args.world_size / count, _share_of(count))
+
+    def _batches(self, data: Dataset, rows: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixel values [N, 3, H, W] and labels [N] of rows, as many at a time as a training batch has."""
+        size = self._args.per_device_train_batch_size
+        for start in range(0, len(rows), size):
+            batch = collate(fetch_rows(data, rows[start : start + size]))
+            yield batch["pixel_values"].to(self._args.device), batch["labels"].to(self._args.device)
 
 
 def _share_of(images: int) -> float:
@@ -184,6 +192,8 @@ class FeatureGuard(Guard):
         model: The model before protection; copied.
         args: ``feature_tolerance`` and ``head_name``.
     """
+
+    option = "feature_tolerance"
 
     def __init__(self, model: PreTrainedModel, args: NTPConfig) -> None:
         super().__init__(args.feature_tolerance, args.device)

@@ -508,12 +508,11 @@ class NTPTrainer(Trainer):
         """Say so if the model ends far beyond what it was allowed to lose on the source."""
         excess, last = float(self._guard.excess), self._guard.tolerance[-1] if self._guard.tolerance else math.inf
         if excess > max(2 * last, last + _LOSS_OF_NOTE):
-            kind = "feature_tolerance" if isinstance(self._guard, FeatureGuard) else "source_tolerance"
             logger.warning(
                 "On authorized images the model ends %.3g worse than the original (source_excess); %s allows %g. "
                 "Train longer, or lower learning_rate, sparsity or attacker_weight.",
                 excess,
-                kind,
+                self._guard.option,
                 last,
             )
 
@@ -523,7 +522,7 @@ class NTPTrainer(Trainer):
         rows = [row for row in self.state.log_history if "target_strength" in row and row["step"] > warm]
         share = sum(row["target_strength"] for row in rows) / len(rows) if rows else 1.0
         if share < _HELD_BACK:
-            option = "feature_tolerance" if isinstance(self._guard, FeatureGuard) else "source_tolerance"
+            option = self._guard.option
             by_heart = (
                 "An original that has memorised those images makes this likely: pass others as eval_dataset"
                 if option == "source_tolerance" and self._guard.held_out is None
