@@ -199,7 +199,7 @@ def attack_with_everything(cell: Cell, models: dict[str, Path], work: Path, jobs
     """Measure one cell with the whole suite, controls and an unrelated domain."""
     data, settings = arena(cell, work, jobs)
     starts = {"protected": str(models["adaptive"]), "unprotected": str(models["unprotected"])}
-    controls = {"protected": str(models["adaptive"]), "without_target_terms": str(models["reference"])}
+    controls = {**starts, "without_target_terms": str(models["reference"])}
     for kind in ("magnitude", "random"):
         folder = models["adaptive"].parent / f"{kind}_pruned"
         if not folder.exists():
@@ -207,9 +207,12 @@ def attack_with_everything(cell: Cell, models: dict[str, Path], work: Path, jobs
         controls[folder.name] = str(folder)
     third = load(THIRD, ARCHITECTURES[cell.architecture].image_size)
     elsewhere = hf_ntp.AttackData(third.attacker, third.validation, third.test)
+    everything = run_attacks(starts, data, list(ATTACKS), **settings)
+    few = run_attacks(controls, data, PAPER_ATTACKS, **settings)
+    for part in ("starts", "retained_transfer", "worst_case", "not_run"):
+        everything[part] = few[part] | everything[part]
     return {
-        "attacks": run_attacks(starts, data, list(ATTACKS), **settings),
-        "controls": run_attacks(controls, data, PAPER_ATTACKS, **settings),
+        "attacks": everything,
         "third_domain": {"name": THIRD, **run_attacks(starts, elsewhere, ("dense",), **settings)},
     }
 

@@ -53,7 +53,7 @@ ATTACKS: dict[str, Attack] = {
 }
 """Every attack by name."""
 
-DECISIVE = ("mask_kept", "dense", "dense_3x", "stem_reinit", "first_block_reinit", "lora", "linear_probe")
+DECISIVE = ("mask_kept", "dense", "dense_3x", "head_kept", "stem_reinit", "first_block_reinit", "lora", "linear_probe")
 """The ones that broke protections in our experiments, or that every table of the field has."""
 
 __all__ = ["ATTACKS", "DECISIVE", "Attack", "FineTuneProtocol", "FineTuning", "Loot", "Predict"]

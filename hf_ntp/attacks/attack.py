@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from ..data import PixelDataset
 
 Predict = Callable[[Tensor], Tensor]
 """Classes [N], int64, for pixel values [N, 3, H, W]."""
@@ -22,6 +24,8 @@ class FineTuneProtocol:
         steps: Optimizer steps of one fit, whatever the sample size.
         batch_size: Images per step; smaller sets use all their images in every step.
         learning_rates: Grid from which validation accuracy chooses, per arm and sample size.
+        extensions: Where the first or last rate of the grid is the best, how many more are tried beyond it, one after
+            another for as long as each is better than all before. Grids of one or two rates are left as they are.
         weight_decay: Of the optimizer.
         warmup_steps: Steps of linear warm-up.
 
@@ -32,19 +36,33 @@ class FineTuneProtocol:
     steps: int = 600
     batch_size: int = 32
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    extensions: int = 2
     weight_decay: float = 0.01
     warmup_steps: int = 20
 
     def __post_init__(self) -> None:
         """Check the values."""
         object.__setattr__(self, "learning_rates", tuple(sorted(set(self.learning_rates))))
-        if self.steps < 1 or self.batch_size < 1 or not 0 <= self.warmup_steps < self.steps or self.weight_decay < 0:
+        if (
+            not 0 <= self.warmup_steps < self.steps
+            or self.batch_size < 1
+            or min(self.weight_decay, self.extensions) < 0
+        ):
             raise ValueError(
-                f"the protocol is {self}; needed: steps >= 1, batch_size >= 1, 0 <= warmup_steps < steps and "
-                "weight_decay >= 0."
+                f"the protocol is {self}; needed: steps >= 1, batch_size >= 1, 0 <= warmup_steps < steps, "
+                "weight_decay >= 0 and extensions >= 0."
             )
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates are {self.learning_rates}; needed: at least one positive rate.")
+
+    def extended(self, times: int) -> FineTuneProtocol:
+        """Return the protocol with ``times`` more rates at both ends of the grid, which go on in its own steps."""
+        rates = list(self.learning_rates)
+        if len(rates) > 2:
+            for _ in range(times):  # 1, 3, 10 is followed by 30
+                low, high = rates[0] * rates[1] / rates[2], rates[-1] * rates[-2] / rates[-3]
+                rates = [float(f"{low:.3g}"), *rates, float(f"{high:.3g}")]
+        return replace(self, learning_rates=tuple(rates))
 
 
 class Loot(NamedTuple):
@@ -58,6 +76,8 @@ class Loot(NamedTuple):
     """Classes of the target."""
     source: tuple[Tensor, Tensor] | None = None
     """A small labelled set of the authorized domain, for attacks that begin there."""
+    pool: PixelDataset | None = None
+    """All target images of the attacker, for attacks that need no labels and must not look at those in it."""
 
 
 NO_HEAD = "the checkpoint has no head of its own"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,21 +26,24 @@ class Shot(Attack):
     """Adapt the encoder to unlabelled target images under the checkpoint's frozen head (SHOT, Liang et al., 2020).
 
     The loss is information maximisation (confident predictions, :func:`information_loss`) + ``pseudo_weight`` *
-    cross-entropy with labels from the nearest centroid, :func:`pseudo_labels`. The labels of the loot are not used.
+    cross-entropy with labels from the nearest centroid, :func:`pseudo_labels`. No labels are used, and so all images
+    of the attacker are, whatever the number of labelled ones; the learning rate is still chosen on labelled images.
 
     Args:
         pseudo_weight: >= 0; 0.3 in the paper.
+        images: Most images that are used, drawn with the seed: they are held in memory.
 
     Raises:
-        ValueError: If it is negative.
+        ValueError: If the weight is negative or there are no images.
     """
 
     pseudo_weight: float = 0.3
+    images: int = 1000
 
     def __post_init__(self) -> None:
-        """Check the weight."""
-        if self.pseudo_weight < 0:
-            raise ValueError(f"pseudo_weight is {self.pseudo_weight}; needed: a number >= 0.")
+        """Check the values."""
+        if self.pseudo_weight < 0 or self.images < 1:
+            raise ValueError(f"{self} cannot run; needed: pseudo_weight >= 0 and images >= 1.")
 
     def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
         """Say so where the head cannot name the target's classes."""
@@ -54,7 +58,10 @@ class Shot(Attack):
         _, head = find_head(model)
         head.requires_grad_(False)
         body = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        train(model, body, self._loss(model, loot.images, protocol, seed), protocol, value, seed)
+        images = loot.images
+        if loot.pool is not None:
+            images, _ = loot.pool.tensors(np.random.default_rng(seed).permutation(len(loot.pool))[: self.images])
+        train(model, body, self._loss(model, images, protocol, seed), protocol, value, seed)
         return predictor(model)
 
     def _loss(

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
-from ..attacks import FineTuneProtocol, Loot, Predict
+from ..attacks import Attack, FineTuneProtocol, Loot, Predict
 from ..data import PixelDataset, nested_subsets
 from ..models import load_model
 from .arms import Arm
@@ -42,7 +42,7 @@ class AttackData:
     """Unauthorized data as the attacker has it; none of it may have been seen by the protection.
 
     Args:
-        train: Labelled images from which nested subsets are drawn.
+        train: Labelled images from which nested subsets are drawn; attacks that need no labels use all its images.
         validation: Chooses the learning rate.
         test: Gives the accuracies of the curves; no choice is made on it.
         source: A small labelled set of the authorized domain, for the attacks that begin there.
@@ -132,7 +132,8 @@ def sample_wise_learning_curves(
 
     One protocol and one grid for all starts of an attack. Per arm and size, the learning rate (or whatever the attack
     tunes) is the one with the best validation accuracy on the first seed, the lower one on ties; the other seeds use
-    it. Accuracies are those of the last step.
+    it. A grid of rates at whose end the best one lies is extended there, by the same rule for all arms (see
+    :class:`FineTuneProtocol`). Accuracies are those of the last step.
 
     Processes that call this with the same arguments and one ``cache_dir``, such as those that `accelerate launch`
     starts on one or several machines, share the fits out among them, and each returns the whole. They talk through
@@ -169,15 +170,20 @@ def sample_wise_learning_curves(
     # Large fits first, so that no core is left with a long one at the end.
     points = [(size, arm) for size in sorted(sample_sizes, reverse=True) for arm in arms]
     first, *others = seeds
-    results = run(
-        [_Fit(arm, size, first, value) for size, arm in points for value in arm.attack.grid(protocol)], "tuning"
-    )
-    best = {
-        (arm, size): max(
-            sorted(arm.attack.grid(protocol)), key=lambda v: _rank(results[_Fit(arm, size, first, v)].validation)
-        )
-        for size, arm in points
-    }
+    results: dict[_Fit, Accuracies] = {}
+    best: dict[tuple[Arm, int], float] = {}
+    for extension in range(protocol.extensions + 1):
+        tried = {
+            (arm, size): _next_values(arm.attack, protocol, extension, best.get((arm, size))) for size, arm in points
+        }
+        fits = [_Fit(arm, size, first, value) for (arm, size), values in tried.items() for value in values]
+        if not fits:
+            break
+        results |= run(fits, f"tuning, rates added {extension} times" if extension else "tuning")
+        for (arm, size), values in tried.items():
+            # The best so far comes first: where there is a tie, nothing beyond the grid replaces it.
+            candidates = [value for value in (best.get((arm, size)), *values) if value is not None]
+            best[arm, size] = max(candidates, key=lambda v: _rank(results[_Fit(arm, size, first, v)].validation))
     results |= run([_Fit(arm, size, seed, best[arm, size]) for size, arm in points for seed in others], "other seeds")
     accuracies = {
         arm.name: [[results[_Fit(arm, n, seed, best[arm, n])].test for n in sample_sizes] for seed in seeds]
@@ -191,6 +197,15 @@ def sample_wise_learning_curves(
         len(results),
         tuple(name for name, rows in accuracies.items() if np.isnan(rows).any()),
     )
+
+
+def _next_values(attack: Attack, protocol: FineTuneProtocol, extension: int, best: float | None) -> list[float]:
+    """Values to try: the grid, and once there is a best one, what the next extension adds beyond it."""
+    grid = sorted(attack.grid(protocol.extended(extension)))
+    if best is None:
+        return grid
+    before = sorted(attack.grid(protocol.extended(extension - 1)))
+    return [v for v in grid if (best == before[0] and v < best) or (best == before[-1] and v > best)]
 
 
 def _rank(validation: float) -> float:
@@ -355,7 +370,7 @@ def _fit(
         models = [_load(fit) for fit in fits]
         source = data.source.tensors() if attack.needs_source and data.source is not None else None
         held = {(fit.seed, fit.size): data.train.tensors(own) for fit, own in zip(fits, rows, strict=True)}
-        loots = [Loot(*held[fit.seed, fit.size], data.num_labels, source) for fit in fits]
+        loots = [Loot(*held[fit.seed, fit.size], data.num_labels, source, data.train) for fit in fits]
         values, seeds = [fit.value for fit in fits], [fit.seed for fit in fits]
         if len(fits) == 1:
             predicts = [attack.fit(models[0], loots[0], protocol, values[0], seeds[0])]
@@ -395,7 +410,7 @@ class _Describer:
 
     def __init__(self, data: AttackData, protocol: FineTuneProtocol) -> None:
         settings = asdict(protocol)
-        del settings["learning_rates"]
+        del settings["learning_rates"], settings["extensions"]
         self._common = {
             "protocol": settings,
             "device": str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"),

@@ -65,7 +65,7 @@ def run_attacks(
         (start to attack to share, null where the unprotected model gave nothing), "worst_case" (start to "attack",
         the one with the largest area, its "slc_auc", and "retained_transfer": that area over the largest one of the
         unprotected model, an attacker who tries everything on both) and "not_run" (start to attack to reason). Where
-        a tuned value is the first or last of its grid, "at_edge" of the attack counts the sizes.
+        a tuned value is the first or last of its grid with all extensions, "at_edge" of the attack counts the sizes.
 
     Raises:
         ValueError: For unknown attacks or starts that miss "protected".
@@ -143,7 +143,7 @@ def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTunePr
             continue
         reference = curves.accuracies[f"scratch/{_baseline_key(arm, protocol)}"]
         pair = LearningCurves(curves.sample_sizes, curves.seeds, {"scratch": reference, "it": accuracies}, {}, 0)
-        grid = arm.attack.grid(protocol)
+        grid = arm.attack.grid(protocol.extended(protocol.extensions))
         edge = sum(value in (min(grid), max(grid)) for value in tuned) if len(grid) > 2 else 0
         starts.setdefault(start, {})[name] = {
             "accuracies": accuracies,

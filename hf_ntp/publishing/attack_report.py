@@ -15,7 +15,8 @@ def attacks_table(results: Mapping[str, Any]) -> str:
     """Markdown table of every attack: what the checkpoint was worth before and after protection.
 
     Under "at edge" is for how many of the sizes the protected model's attacker chose the first or last value of the
-    grid: one that goes further might get more.
+    grid, extensions included: one that goes further might get more. Controls have no worst case where they went
+    through fewer attacks.
 
     Args:
         results: What :func:`hf_ntp.evaluation.suite.run_attacks` returns.
@@ -46,7 +47,10 @@ def attacks_table(results: Mapping[str, Any]) -> str:
             "",
             _percent(worst["protected"]["retained_transfer"]),
             "",
-            *(f"{worst[start]['slc_auc']:+.3f}" for start in controls),
+            *(
+                f"{worst[start]['slc_auc']:+.3f}" if results["starts"][start].keys() >= protected.keys() else ""
+                for start in controls
+            ),
         ]
     )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ntp.attacks import FineTuneProtocol, FineTuning, Loot
+from hf_ntp.attacks import FineTuneProtocol, FineTuning, Loot, shot
 from hf_ntp.attacks.shot import Shot, information_loss, pseudo_labels
 from hf_ntp.models import find_head
 
 from ..conftest import tiny_vit
+from ..evaluation.conftest import pixels
 from .conftest import QUICK, accuracy, bars, changed, loot_of, state_of
 
 
@@ -79,11 +80,27 @@ def test_it_adapts_to_a_shifted_domain():
     assert accuracy(predict, *test) > 0.9
 
 
+def test_unlabelled_images_of_the_pool_are_used(model, monkeypatch):
+    """However few are labelled; no more than fit in memory, and others with another seed."""
+    loot, used = loot_of(3)._replace(pool=pixels(20, 0)), []
+    monkeypatch.setattr(shot, "train", lambda *args: None)
+    monkeypatch.setattr(Shot, "_loss", lambda self, model, images, *rest: used.append(images))
+    for attack, seed in ((Shot(), 0), (Shot(images=8), 0), (Shot(images=8), 1)):
+        attack.fit(model, loot, QUICK, 1e-3, seed)
+    assert [len(images) for images in used] == [20, 8, 8]
+    assert used[1].equal(used[0][:8])
+    assert not used[1].equal(used[2])
+    everything, _ = loot.pool.tensors()
+    assert sorted(used[0].flatten(1).sum(1).tolist()) == sorted(everything.flatten(1).sum(1).tolist())
+
+
 def test_another_number_of_classes():
     assert "3 classes" in Shot().unsuitable(tiny_vit(), 4)
     assert Shot().unsuitable(tiny_vit(), 3) is None
 
 
-def test_bad_weight():
-    with pytest.raises(ValueError, match=">= 0"):
+def test_bad_values():
+    with pytest.raises(ValueError, match="pseudo_weight >= 0"):
         Shot(-1)
+    with pytest.raises(ValueError, match="images >= 1"):
+        Shot(images=0)

@@ -113,6 +113,58 @@ def test_the_learning_rate_is_chosen_on_validation_data(attack, checkpoints, mon
     assert curves.learning_rates["scratch"] == [1e-3, 1e-3]
 
 
+@pytest.mark.parametrize(
+    ("validation", "chosen", "tried"),
+    [
+        # Validation accuracy by rate; 0.5 for all others.
+        ({3e-3: 0.9}, 3e-3, []),  # inside: the grid is enough
+        ({1e-2: 0.8}, 1e-2, [3e-2]),  # the next one is no better
+        ({1e-2: 0.8, 3e-2: 0.9}, 3e-2, [3e-2, 1e-1]),
+        ({1e-2: 0.8, 3e-2: 0.9, 1e-1: 0.95, 3e-1: 1.0}, 1e-1, [3e-2, 1e-1]),  # two extensions at most
+        ({1e-3: 0.8, 3e-4: 0.9}, 3e-4, [3e-4, 1e-4]),
+        ({}, 1e-3, [3e-4]),  # all alike: the lowest of the grid, and nothing beyond it
+    ],
+)
+def test_a_grid_is_extended_where_its_end_is_the_best(attack, checkpoints, monkeypatch, validation, chosen, tried):
+    grid, fits = (1e-3, 3e-3, 1e-2), []
+
+    def run(batch, *rest):
+        fits.extend(fit.value for fit in batch)
+        return {fit: runner.Accuracies(validation.get(fit.value, 0.5), 0.5) for fit in batch}
+
+    monkeypatch.setattr(runner, "_run", run)
+    arms, protocol = standard_arms(*checkpoints)[:1], FineTuneProtocol(learning_rates=grid)
+    curves = sample_wise_learning_curves(arms, attack, [6], [0], protocol, jobs=1)
+    assert curves.learning_rates["scratch"] == [chosen]
+    assert fits == [*grid, *tried]
+    fits.clear()
+    curves = sample_wise_learning_curves(arms, attack, [6], [0], replace(protocol, extensions=0), jobs=1)
+    assert fits == list(grid)
+
+
+def test_other_grids_follow_that_of_the_rates(attack, checkpoints, monkeypatch):
+    """Tenfold for SGD; what does not depend on rates is not extended."""
+    fits = []
+
+    def run(batch, *rest):
+        fits.extend((fit.arm.name, fit.value) for fit in batch)
+        return {fit: runner.Accuracies(min(fit.value, 1.0), 0.5) for fit in batch}
+
+    monkeypatch.setattr(runner, "_run", run)
+    arms = [Arm("sgd", checkpoints[0], attack=ATTACKS["dense_sgd"]), Arm("knn", checkpoints[0], attack=ATTACKS["knn"])]
+    protocol = FineTuneProtocol(learning_rates=(1e-3, 3e-3, 1e-2), extensions=1)
+    sample_wise_learning_curves(arms, attack, [6], [0], protocol, jobs=1)
+    assert [value for name, value in fits if name == "sgd"] == pytest.approx([0.01, 0.03, 0.1, 0.3])
+    assert [value for name, value in fits if name == "knn"] == list(ATTACKS["knn"].grid(protocol))
+
+
+def test_extended_grids():
+    protocol = FineTuneProtocol(learning_rates=(3e-4, 1e-3, 3e-3, 1e-2))
+    assert protocol.extended(0) == protocol
+    assert protocol.extended(2).learning_rates == (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    assert QUICK.extended(2) == QUICK  # two rates are somebody's choice
+
+
 @pytest.mark.parametrize("sizes", [[12, 6], [6, 6], [6, 25], []])
 def test_bad_sample_sizes(attack, checkpoints, sizes):
     with pytest.raises(ValueError, match="sample_sizes"):
@@ -128,6 +180,8 @@ def test_bad_seeds(attack, checkpoints, seeds):
 def test_bad_protocols():
     with pytest.raises(ValueError, match="steps >= 1"):
         FineTuneProtocol(steps=0)
+    with pytest.raises(ValueError, match="extensions >= 0"):
+        FineTuneProtocol(extensions=-1)
     with pytest.raises(ValueError, match="at least one positive rate"):
         FineTuneProtocol(learning_rates=())
 
