@@ -322,7 +322,9 @@ def sweep_of(folder: str, fits: str, jobs: str, steps: str, together: str = "1")
         steps: Of one fit.
         together: Fits trained as one, at most; "auto" leaves that to the runner.
     """
-    data, protocol = attack_data(), hf_ntp.FineTuneProtocol(int(steps), learning_rates=(3e-4, 1e-3, 3e-3))
+    # Always as many fits: nothing is extended.
+    protocol = hf_ntp.FineTuneProtocol(int(steps), learning_rates=(3e-4, 1e-3, 3e-3), extensions=0)
+    data = attack_data()
     arms = hf_ntp.standard_arms(f"{folder}/unprotected", f"{folder}/protected")
     cache = Path(folder) / fits
     (cache / f"{os.getpid()}.there").touch()  # the clock starts when all have imported what they need

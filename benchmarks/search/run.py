@@ -91,7 +91,7 @@ def measure(cell: Cell, options: dict[str, Any], seed: int, work: Path, folder: 
         ATTACKS,
         SAMPLE_SIZES,
         seeds=(0,),
-        protocol=hf_ntp.FineTuneProtocol(steps=ATTACK_STEPS, learning_rates=RATES[cell.architecture]),
+        protocol=hf_ntp.FineTuneProtocol(steps=ATTACK_STEPS, learning_rates=RATES[cell.architecture], extensions=0),
         cache_dir=work / "fits",
         jobs=1,
     )

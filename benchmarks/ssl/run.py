@@ -55,8 +55,8 @@ SEEDS = (0, 1, 2)
 ATTACKS = ("mask_kept", "dense")
 SAMPLE_SIZES = (10, 30, 100)
 SHAPE = ARCHITECTURES["vit"]
-# The rates of the recipes.
-PROTOCOL = hf_ntp.FineTuneProtocol(steps=SHAPE.attack_steps, learning_rates=(3e-4, 1e-3, 3e-3))
+# The rates of the recipes, not extended.
+PROTOCOL = hf_ntp.FineTuneProtocol(steps=SHAPE.attack_steps, learning_rates=(3e-4, 1e-3, 3e-3), extensions=0)
 
 # Options of the recipe that say where to write and how often, not what comes out.
 PLACES = ("output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to")

@@ -648,7 +648,8 @@ class NTPTrainer(Trainer):
         kept = f"The last good checkpoint is {last}" if last else "No checkpoint has been written yet"
         return FloatingPointError(
             f"{found}; needed: a stable run. {kept}; the same settings would end the same way again. Start anew in "
-            "another output_dir with a lower learning_rate or fisher_weight, or look at the data."
+            "another output_dir with a lower learning_rate, fisher_weight or attacker_learning_rates, or look at the "
+            "data."
         )
 
     def push_to_hub(
