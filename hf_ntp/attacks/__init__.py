@@ -24,6 +24,7 @@ ATTACKS: dict[str, Attack] = {
     "bias_only": FineTuning(trained="bias"),
     # informed
     "zeros_regrown": FineTuning(changes=("regrow_zeros",)),
+    "statistics_kept": FineTuning(changes=("keep_statistics",)),
     "norms_reset": FineTuning(changes=("reset_norms",)),
     "renormalized": FineTuning(changes=("renormalize", "reset_norms")),
     "shrink_perturb": FineTuning(changes=("shrink_and_perturb",)),
@@ -53,7 +54,17 @@ ATTACKS: dict[str, Attack] = {
 }
 """Every attack by name."""
 
-DECISIVE = ("mask_kept", "dense", "dense_3x", "head_kept", "stem_reinit", "first_block_reinit", "lora", "linear_probe")
+DECISIVE = (
+    "mask_kept",
+    "dense",
+    "dense_3x",
+    "head_kept",
+    "statistics_kept",
+    "stem_reinit",
+    "first_block_reinit",
+    "lora",
+    "linear_probe",
+)
 """The ones that broke protections in our experiments, or that every table of the field has."""
 
 __all__ = ["ATTACKS", "DECISIVE", "Attack", "FineTuneProtocol", "FineTuning", "Loot", "Predict"]

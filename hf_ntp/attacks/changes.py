@@ -12,6 +12,7 @@ CHANGES: dict[str, Callable[[PreTrainedModel, int], object]] = {
     change.__name__: change
     for change in (
         changes.reset_norms,
+        changes.keep_statistics,
         changes.renormalize,
         changes.shrink_and_perturb,
         changes.regrow_zeros,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, get_scheduler
 
-from ..models import find_head, has_head, noted_prunable_weights, replace_head
+from ..models import find_head, has_batch_norm, has_head, noted_prunable_weights, replace_head
 from .attack import NO_HEAD, Attack, FineTuneProtocol, Loot, Predict
 from .changes import CHANGES
 from .ensemble import joint_cross_entropy
@@ -62,10 +62,12 @@ class FineTuning(Attack):
         return tuple(factor * rate for rate in protocol.learning_rates)
 
     def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
-        """Say so where a mask or a head would have to be kept that is not there."""
+        """Say so where a mask, a head or statistics would have to be kept that are not there."""
         needs_zeros = self.keep_mask or "regrow_zeros" in self.changes
         if needs_zeros and all(bool(mask.all()) for _, mask in zero_masks(model)):
             return "the checkpoint has no zeros"
+        if "keep_statistics" in self.changes and not has_batch_norm(model):
+            return "the checkpoint has no BatchNorm"
         if self.keep_head and not has_head(model):
             return NO_HEAD
         if self.keep_head and model.config.num_labels != num_labels:

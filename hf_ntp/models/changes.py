@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from .encoder import blocks_of, layers_with_weights, noted_prunable_weights
+from .encoder import batch_norms, blocks_of, layers_with_weights, noted_prunable_weights
 from .headless import EncoderWithHead
 
 # Half of the old weights and half of fresh ones (Ash & Adams, 2020, "shrink and perturb").
@@ -52,6 +55,17 @@ def reset_norms(model: PreTrainedModel, seed: int) -> dict[str, float]:
     return left
 
 
+def keep_statistics(model: PreTrainedModel, seed: int) -> dict[str, float]:
+    """Let BatchNorm normalise with the statistics that the checkpoint came with, in training too ("frozen")."""
+    for norm in batch_norms(model):
+        vars(norm)["forward"] = partial(_as_in_evaluation, norm)
+    return {}
+
+
+def _as_in_evaluation(norm: _BatchNorm, batch: Tensor) -> Tensor:
+    return F.batch_norm(batch, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+
 @torch.no_grad()
 def renormalize(model: PreTrainedModel, seed: int) -> dict[str, float]:
     """Scale every linear and convolutional weight to the norm that a fresh one has: undoes rescaling tricks."""
@@ -74,7 +88,7 @@ def shrink_and_perturb(model: PreTrainedModel, seed: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def regrow(model: PreTrainedModel, masks: Mapping[str, torch.Tensor], seed: int) -> None:
+def regrow(model: PreTrainedModel, masks: Mapping[str, Tensor], seed: int) -> None:
     """Give every weight that a boolean mask (by name) leaves out the value that a fresh one has."""
     fresh = dict(fresh_model(model, seed).named_parameters())
     for name, mask in masks.items():
