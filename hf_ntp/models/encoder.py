@@ -275,6 +275,19 @@ def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def fixed_batch_norms(model: nn.Module) -> Iterator[None]:
+    """Normalise with the running statistics, as in evaluation, and leave them as they are."""
+    training = [norm for norm in batch_norms(model) if norm.training]
+    for norm in training:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in training:
+            norm.train()
+
+
+@contextmanager
 def separate_batch_norms(norms: Sequence[_BatchNorm], sizes: Sequence[int]) -> Iterator[None]:
     """Let BatchNorm normalise the parts of a batch each by itself; only the first moves the running statistics.
 

@@ -227,6 +227,13 @@ class ProtectionArguments:
             "classes; the defender reacts to them from their first step."
         },
     )
+    attacker_keeps_statistics: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of attackers whose BatchNorm layers keep the model's statistics of the authorized domain, "
+            "instead of normalising with those of their batch. Without such layers it changes nothing."
+        },
+    )
     attacker_sgd: float = field(
         default=0.0, metadata={"help": "Share of attackers with SGD and momentum (10-fold rates) instead of Adam."}
     )
@@ -313,7 +320,13 @@ class ProtectionArguments:
             raise ValueError(f"pseudo_classes is {self.pseudo_classes}; needed: an integer >= 2, such as 20.")
         if self.target_bound is not None and self.target_bound <= 0:
             raise ValueError(f"target_bound is {self.target_bound}; needed: a positive number of nats, or null.")
-        shares = ("attacker_informed", "attacker_keeps_mask", "attacker_keeps_head", "attacker_sgd")
+        shares = (
+            "attacker_informed",
+            "attacker_keeps_mask",
+            "attacker_keeps_head",
+            "attacker_keeps_statistics",
+            "attacker_sgd",
+        )
         for name in ("fisher_shrinkage", "target_warmup", *shares):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: a value in [0, 1].")

@@ -52,6 +52,7 @@ class Plan(NamedTuple):
     keeps_mask: bool
     seed: int
     keeps_head: bool
+    keeps_statistics: bool
 
     @classmethod
     def draw(cls, options: ProtectionArguments, seed: int, slot: int, life: int) -> Plan:
@@ -73,6 +74,7 @@ class Plan(NamedTuple):
             keeps_mask=bool(rng.random() < options.attacker_keeps_mask) and start != ZEROS,
             seed=int(rng.integers(2**31)),
             keeps_head=bool(rng.random() < options.attacker_keeps_head),
+            keeps_statistics=bool(rng.random() < options.attacker_keeps_statistics),
         )
 
 

@@ -31,7 +31,15 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..models import blocks_of, changes, frozen_batch_norm_statistics, has_batch_norm, has_head, recorded_features
+from ..models import (
+    blocks_of,
+    changes,
+    fixed_batch_norms,
+    frozen_batch_norm_statistics,
+    has_batch_norm,
+    has_head,
+    recorded_features,
+)
 from .arguments import ProtectionArguments
 from .attacker import INFORMED, ZEROS, Attacker, Plan
 
@@ -64,6 +72,7 @@ class _Attack(nn.Module):
         total: int,
         head: nn.Linear,
         leaves: list[Tensor],
+        statistics: AbstractContextManager[Any],
         autocast: AbstractContextManager[Any],
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the sum of the cross-entropies over ``total`` (detached), and its gradients at ``leaves``.
@@ -74,9 +83,10 @@ class _Attack(nn.Module):
             total: Images on all processes.
             head: The model's own head, in front of which the features are.
             leaves: The weights in place, and weight [K, D] and bias [K] of the attacker's head.
+            statistics: Context that says what BatchNorm normalises with.
             autocast: Context of the forward pass.
         """
-        with frozen_batch_norm_statistics(self.model), recorded_features(head) as features, autocast:
+        with statistics, recorded_features(head) as features, autocast:
             self.model(pixel_values=images)
         logits = F.linear(features[-1].float(), *leaves[-2:])
         loss = F.cross_entropy(logits, labels) * (len(labels) / total)
@@ -334,7 +344,8 @@ class AttackerPool:
             return self.head.weight.new_zeros(()), [torch.zeros_like(tensor) for tensor in attacker.trained()]
         values = {f"model.{name}": value.requires_grad_() for name, value in self._values(attacker).items()}
         leaves = [*values.values(), *(tensor.detach().requires_grad_() for tensor in attacker.head.values())]
-        arguments = (images, labels, total, self.head, leaves, autocast())
+        statistics = fixed_batch_norms if attacker.plan.keeps_statistics else frozen_batch_norm_statistics
+        arguments = (images, labels, total, self.head, leaves, statistics(self.model), autocast())
         loss, gradients = functional_call(self._attack, values, arguments)
         self._mask(gradients, attacker.masks)
         return loss, gradients
