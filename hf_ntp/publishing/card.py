@@ -26,6 +26,7 @@ _ATTACK_LABELS = {
     "head_kept": "all weights tuned, from the model's own head",
     "bias_only": "biases tuned only",
     "zeros_regrown": "zeros drawn anew, all weights tuned",
+    "statistics_kept": "all weights tuned, BatchNorm statistics kept",
     "norms_reset": "norm layers reset, all weights tuned",
     "renormalized": "kernels renormalized, all weights tuned",
     "shrink_perturb": "shrunk and perturbed, all weights tuned",

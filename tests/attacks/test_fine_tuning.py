@@ -1,15 +1,17 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from hf_ntp.attacks import FineTuneProtocol, FineTuning, fine_tuning
+from hf_ntp.attacks import ATTACKS, FineTuneProtocol, FineTuning, Loot, fine_tuning
 from hf_ntp.attacks.changes import CHANGES
 from hf_ntp.attacks.fine_tuning import batches_of, zero_masks
-from hf_ntp.models import blocks_of, find_head, layers_with_weights, prunable_weights
+from hf_ntp.models import batch_norms, blocks_of, find_head, layers_with_weights, prunable_weights
 from hf_ntp.models.changes import fresh_model
 
-from ..conftest import tiny_vit
-from .conftest import QUICK, changed, loot_of, pruned, state_of
+from ..conftest import tiny_resnet, tiny_vit
+from .conftest import QUICK, accuracy, bars, changed, loot_of, pruned, state_of
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -166,3 +168,36 @@ def test_reinitialised_parts(model, which):
 def test_bad_protocols():
     with pytest.raises(ValueError, match="warmup_steps < steps"):
         FineTuneProtocol(steps=5, warmup_steps=5)
+
+
+def test_kept_statistics_get_around_units_that_die_on_a_batch():
+    """Normalised by its own batch, the last stage of this model is silent on any image, and no gradient comes through;
+    with the statistics it came with it is not. Who fine-tunes it has both ways."""
+    model = tiny_resnet()
+    last = batch_norms(model)[-1]
+    with torch.no_grad():
+        last.bias.fill_(-20)  # far below what a normalised batch can reach
+        for norm in batch_norms(model):
+            if norm.num_features == last.num_features:
+                norm.bias.fill_(-20)
+                norm.running_mean.fill_(-30)
+    images, labels = bars(48, 0)
+    found = {}
+    for name in ("dense", "statistics_kept"):
+        attacked = copy.deepcopy(model)
+        predict = ATTACKS[name].fit(attacked, Loot(images, labels, 3), FineTuneProtocol(steps=60), 3e-3, 0)
+        found[name] = accuracy(predict, *bars(90, 1))
+        kept = [
+            torch.equal(attacked.get_submodule(n).running_mean, norm.running_mean)
+            for n, norm in model.named_modules()
+            if isinstance(norm, nn.BatchNorm2d)
+        ]
+        assert all(kept) == (name == "statistics_kept")
+    assert found["dense"] < 0.4
+    assert found["statistics_kept"] > 0.9
+
+
+def test_statistics_that_are_not_there():
+    attack = ATTACKS["statistics_kept"]
+    assert "no BatchNorm" in attack.unsuitable(tiny_vit(), 3)
+    assert attack.unsuitable(tiny_resnet(), 3) is None

@@ -7,6 +7,7 @@ from hf_ntp.models import (
     batch_norms,
     check_precision,
     find_head,
+    fixed_batch_norms,
     frozen_batch_norm_statistics,
     has_batch_norm,
     live_weights,
@@ -128,6 +129,20 @@ def test_batch_norm_statistics_stay_while_batches_are_normalised():
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert torch.equal(frozen, model(images).logits)
     assert not all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_fixed_batch_norms_are_those_of_evaluation():
+    model, images = tiny_resnet().train(), 5 + torch.randn(8, 3, 8, 8)
+    for norm in batch_norms(model):
+        norm.running_mean.normal_()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    batch_norms(model)[0].eval()  # as somebody may have frozen it
+    with fixed_batch_norms(model):
+        fixed = model(images).logits
+    assert [norm.training for norm in batch_norms(model)] == [False, *[True] * (len(batch_norms(model)) - 1)]
+    assert model.training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    torch.testing.assert_close(fixed, model.eval()(images).logits)
 
 
 def test_a_batch_of_parts_is_normalised_part_by_part():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_ntp.models import EncoderWithHead, find_head, prunable_weights
+from hf_ntp.models import EncoderWithHead, batch_norms, find_head, prunable_weights
 from hf_ntp.training import attackers
 from hf_ntp.training.arguments import ProtectionArguments
 from hf_ntp.training.attacker import Plan
@@ -20,6 +20,7 @@ ONE = {
     "attacker_informed": 0.0,
     "attacker_keeps_mask": 0.0,
     "attacker_keeps_head": 0.0,
+    "attacker_keeps_statistics": 0.0,
     "attacker_patience": 0,
 }
 
@@ -204,6 +205,22 @@ def test_a_kept_head_is_the_models_and_denied_at_once():
     assert any(push.abs().sum() > 0 for push in pool.push)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_kept_statistics_are_those_of_the_model(kept):
+    """The first loss is that of evaluation, or of a pass with the statistics of the batch; neither moves them."""
+    model, share = tiny_resnet().train(), {"attacker_keeps_statistics": float(kept)}
+    for norm in batch_norms(model):
+        norm.running_mean.normal_()
+    before = copy.deepcopy(model)
+    pool = pool_of(model, **{**ONE, "attacker_keeps_head": 1.0, **share})
+    ((images, labels),) = batch()["target"]
+    (step,) = pool.step(batch(), no_masks)
+    assert all(torch.equal(mine, old) for mine, old in zip(model.buffers(), before.buffers(), strict=True))
+    with torch.no_grad():
+        expected = F.cross_entropy(before.train(not kept)(images).logits, labels)
+    assert step.loss == pytest.approx(float(expected), rel=1e-5)
+
+
 @pytest.mark.parametrize(("make", "classes"), [(tiny_vit, 4), (lambda: EncoderWithHead(tiny_vit().vit), 3)])
 def test_a_head_for_other_classes_and_a_stand_in_are_not_kept(make, classes):
     model = make()
@@ -282,7 +299,12 @@ def test_every_domain_needs_an_attacker():
 
 
 def test_state_round_trip_continues_exactly():
-    shares = {"attacker_informed": 0.5, "attacker_keeps_mask": 0.5, "attacker_keeps_head": 0.5}
+    shares = {
+        "attacker_informed": 0.5,
+        "attacker_keeps_mask": 0.5,
+        "attacker_keeps_head": 0.5,
+        "attacker_keeps_statistics": 0.5,
+    }
     options = {"attackers": 3, "attacker_horizon": [3, 6], **shares}
     model = tiny_vit()
     masks = {name: torch.rand_like(weight) > 0.5 for name, weight in prunable_weights(model).items()}
