@@ -47,7 +47,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attacker_batch_size": 32,
         "attacker_learning_rates": [1e-3, 3e-3, 1e-2],
         "attacker_horizon": [10, 150],
-        "attacker_keeps_head": 0.0,
         "collapse_weight": 0.0,
         "fisher_weight": 0.0,
     },
