@@ -8,6 +8,9 @@ from typing import Any
 from ..functional import confidence_interval, retained_transfer, slc_auc
 from .runner import LearningCurves
 
+# Mean accuracy gap to scratch below which a checkpoint counts as worth nothing.
+_LEAST = 0.01
+
 
 def summarize(curves: LearningCurves, level: float = 0.95) -> dict[str, dict[str, Any]]:
     """SLC-AUC of every arm against scratch, in three units with intervals over seeds.
@@ -42,8 +45,12 @@ def retained(summary: dict[str, dict[str, Any]], arm: str) -> float | None:
 
 
 def retained_share(area: float, unprotected: float) -> float | None:
-    """Area of a protected model as a share of the unprotected one's, or None where there was nothing to retain."""
-    return finite(retained_transfer(area, unprotected))
+    """Area of a protected model as a share of the unprotected one's (normalized both).
+
+    None where there was nothing to retain: seeds scatter by more than a mean gain of a point of accuracy, and a share
+    of that is thousands of percent of nothing.
+    """
+    return finite(retained_transfer(area, unprotected)) if unprotected >= _LEAST else None
 
 
 def finite(value: float) -> float | None:

@@ -21,7 +21,7 @@ from hf_ntp.attacks.fine_tuning import FineTuning, predictor
 from hf_ntp.evaluation import runner
 from hf_ntp.evaluation.cache import ResultCache
 from hf_ntp.evaluation.runner import LearningCurves, accuracy_of, load_start
-from hf_ntp.evaluation.summary import retained
+from hf_ntp.evaluation.summary import retained, retained_share
 from hf_ntp.models import prunable_weights
 
 from ..conftest import tiny_vit
@@ -243,6 +243,8 @@ def test_nothing_to_retain_is_null():
     flat = [[0.2, 0.4], [0.2, 0.4]]
     found = summarize(curves(scratch=flat, unprotected=flat, protected_mask=flat))
     assert retained(found, "protected_mask") is None
+    assert retained_share(0.1, 0.0099) is None
+    assert retained_share(0.1, 0.01) == pytest.approx(10)
 
 
 def test_one_seed_has_no_interval():
