@@ -71,7 +71,7 @@ class AttackArguments:
     learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2],
         metadata={
-            "help": "Rates the attacker chooses from; three or more are extended at an end where the best lies."
+            "help": "Rates the attacker chooses from; with three or more, and the highest the best, higher ones, too."
         },
     )
     jobs: int | None = field(

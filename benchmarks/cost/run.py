@@ -26,11 +26,6 @@ HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 
 
-def four_digits(value: float) -> float:
-    """Round to four significant digits: figures reach from milliseconds to gigabytes."""
-    return float(f"{value:.4g}")
-
-
 def into_readme(results: dict[str, Any]) -> None:
     """Put what there is a bar for in the README."""
     before, mark, rest = README.read_text().partition("<!-- cost table -->\n")
@@ -68,7 +63,7 @@ def main(argv: list[str]) -> None:
     results = json.loads(known.read_text()) if known.exists() else {}
     for name in [*arguments.only, *(["gpu_step"] if arguments.gpu else [])]:
         start = perf_counter()
-        results[name] = rounded(SECTIONS[name](), four_digits)
+        results[name] = rounded(SECTIONS[name]())
         print(f"{name}: {perf_counter() - start:.0f} s", flush=True)
         results = {key: results[key] for key in SECTIONS if key in results}
         write_results(results, table(results), out)

@@ -12,9 +12,9 @@ not pay and were taken out again ("source attackers": half of the simulated atta
 images; "domain separation": a term that makes source and target linearly separable after every block), or ("guard in
 nats") of a source_tolerance of [0.4, 0.02] nats on training batches, or ("new heads only") of simulated
 attackers who never kept the model's head (attacker_keeps_head of 0), in a ResNet ("batch statistics") nor the
-statistics of its BatchNorm (attacker_keeps_statistics of 0). Their settings in results.json hold the options that still
-exist; of the others only the name tells. The guard looks at the same validation images, so that "after" flatters all
-candidates alike.
+statistics of its BatchNorm (attacker_keeps_statistics of 0). Their settings in results.json hold the options that
+still exist; of the others only the name tells. The guard looks at the same validation images, so that "after"
+flatters all candidates alike.
 """
 
 from __future__ import annotations

@@ -356,13 +356,13 @@ def write(results: dict[str, Any], out: Path) -> None:
         plot_attacks(full["attacks"], out / f"{stem}.png", f"All attacks on {name}")
 
 
-def rounded(value: Any, number: Callable[[float], float] = lambda found: round(found, 4)) -> Any:
-    """Round every number of a JSON tree, to four digits after the point by default: seeds scatter by far more."""
+def rounded(value: Any) -> Any:
+    """Round every number of a JSON tree to four digits: seeds scatter by far more."""
     if isinstance(value, dict):
-        return {key: rounded(part, number) for key, part in value.items()}
+        return {key: rounded(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [rounded(part, number) for part in value]
-    return number(value) if isinstance(value, float) else value
+        return [rounded(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def parse(argv: list[str]) -> Namespace:

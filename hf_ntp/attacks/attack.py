@@ -24,8 +24,9 @@ class FineTuneProtocol:
         steps: Optimizer steps of one fit, whatever the sample size.
         batch_size: Images per step; smaller sets use all their images in every step.
         learning_rates: Grid from which validation accuracy chooses, per arm and sample size.
-        extensions: Where the first or last rate of the grid is the best, how many more are tried beyond it, one after
-            another for as long as each is better than all before. Grids of one or two rates are left as they are.
+        extensions: Where the highest rate of the grid is the best, how many more are tried above it, one after another
+            for as long as each is better than all before. Not below the lowest: all fits have the same number of
+            steps, in which lower rates get less far. Grids of one or two rates are left as they are.
         weight_decay: Of the optimizer.
         warmup_steps: Steps of linear warm-up.
 
@@ -56,12 +57,11 @@ class FineTuneProtocol:
             raise ValueError(f"learning_rates are {self.learning_rates}; needed: at least one positive rate.")
 
     def extended(self, times: int) -> FineTuneProtocol:
-        """Return the protocol with ``times`` more rates at both ends of the grid, which go on in its own steps."""
+        """Return the protocol with ``times`` higher rates, which go on in the grid's own steps."""
         rates = list(self.learning_rates)
         if len(rates) > 2:
             for _ in range(times):  # 1, 3, 10 is followed by 30
-                low, high = rates[0] * rates[1] / rates[2], rates[-1] * rates[-2] / rates[-3]
-                rates = [float(f"{low:.3g}"), *rates, float(f"{high:.3g}")]
+                rates.append(float(f"{rates[-1] * rates[-2] / rates[-3]:.3g}"))
         return replace(self, learning_rates=tuple(rates))
 
 

@@ -132,7 +132,7 @@ def sample_wise_learning_curves(
 
     One protocol and one grid for all starts of an attack. Per arm and size, the learning rate (or whatever the attack
     tunes) is the one with the best validation accuracy on the first seed, the lower one on ties; the other seeds use
-    it. A grid of rates at whose end the best one lies is extended there, by the same rule for all arms (see
+    it. A grid of rates whose highest is the best is extended, by the same rule for all arms (see
     :class:`FineTuneProtocol`). Accuracies are those of the last step.
 
     Processes that call this with the same arguments and one ``cache_dir``, such as those that `accelerate launch`
@@ -181,7 +181,7 @@ def sample_wise_learning_curves(
             break
         results |= run(fits, f"tuning, rates added {extension} times" if extension else "tuning")
         for (arm, size), values in tried.items():
-            # The best so far comes first: where there is a tie, nothing beyond the grid replaces it.
+            # The best so far comes first: a tie does not replace it.
             candidates = [value for value in (best.get((arm, size)), *values) if value is not None]
             best[arm, size] = max(candidates, key=lambda v: _rank(results[_Fit(arm, size, first, v)].validation))
     results |= run([_Fit(arm, size, seed, best[arm, size]) for size, arm in points for seed in others], "other seeds")
@@ -200,12 +200,13 @@ def sample_wise_learning_curves(
 
 
 def _next_values(attack: Attack, protocol: FineTuneProtocol, extension: int, best: float | None) -> list[float]:
-    """Values to try: the grid, and once there is a best one, what the next extension adds beyond it."""
+    """Values to try: the grid, and once the highest is the best, what the next extension adds."""
     grid = sorted(attack.grid(protocol.extended(extension)))
     if best is None:
         return grid
-    before = sorted(attack.grid(protocol.extended(extension - 1)))
-    return [v for v in grid if (best == before[0] and v < best) or (best == before[-1] and v > best)]
+    return (
+        [value for value in grid if value > best] if best == max(attack.grid(protocol.extended(extension - 1))) else []
+    )
 
 
 def _rank(validation: float) -> float:

@@ -121,11 +121,11 @@ def test_the_learning_rate_is_chosen_on_validation_data(attack, checkpoints, mon
         ({1e-2: 0.8}, 1e-2, [3e-2]),  # the next one is no better
         ({1e-2: 0.8, 3e-2: 0.9}, 3e-2, [3e-2, 1e-1]),
         ({1e-2: 0.8, 3e-2: 0.9, 1e-1: 0.95, 3e-1: 1.0}, 1e-1, [3e-2, 1e-1]),  # two extensions at most
-        ({1e-3: 0.8, 3e-4: 0.9}, 3e-4, [3e-4, 1e-4]),
-        ({}, 1e-3, [3e-4]),  # all alike: the lowest of the grid, and nothing beyond it
+        ({1e-3: 0.8, 3e-4: 0.9}, 1e-3, []),  # nothing below
+        ({}, 1e-3, []),  # all alike: the lowest
     ],
 )
-def test_a_grid_is_extended_where_its_end_is_the_best(attack, checkpoints, monkeypatch, validation, chosen, tried):
+def test_a_grid_is_extended_where_the_highest_is_the_best(attack, checkpoints, monkeypatch, validation, chosen, tried):
     grid, fits = (1e-3, 3e-3, 1e-2), []
 
     def run(batch, *rest):
@@ -161,7 +161,7 @@ def test_other_grids_follow_that_of_the_rates(attack, checkpoints, monkeypatch):
 def test_extended_grids():
     protocol = FineTuneProtocol(learning_rates=(3e-4, 1e-3, 3e-3, 1e-2))
     assert protocol.extended(0) == protocol
-    assert protocol.extended(2).learning_rates == (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    assert protocol.extended(2).learning_rates == (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     assert QUICK.extended(2) == QUICK  # two rates are somebody's choice
 
 
