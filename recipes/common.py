@@ -91,9 +91,11 @@ class RecipeArguments:
     attack_batch_size: int = field(default=32, metadata={"help": "Images per step of every fit."})
     attack_learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3],
-        metadata={
-            "help": "Rates the attacker chooses from; with three or more, and the highest the best, higher ones, too."
-        },
+        metadata={"help": "Rates the attacker chooses from."},
+    )
+    attack_extensions: int = field(
+        default=2,
+        metadata={"help": "How many higher rates are tried, while the highest of three or more is the best."},
     )
     jobs: int | None = field(
         default=None,
@@ -257,7 +259,10 @@ def run(
 
     # Whatever is wrong with options or data shows here, before any training starts.
     protocol = hf_ntp.FineTuneProtocol(
-        recipe.attack_steps, recipe.attack_batch_size, tuple(recipe.attack_learning_rates)
+        recipe.attack_steps,
+        recipe.attack_batch_size,
+        tuple(recipe.attack_learning_rates),
+        extensions=recipe.attack_extensions,
     )
     check_sample_sizes(recipe.sample_sizes)
     check_seeds(recipe.attack_seeds)

@@ -70,9 +70,11 @@ class AttackArguments:
     batch_size: int = field(default=32, metadata={"help": "Images per step of a fit."})
     learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2],
-        metadata={
-            "help": "Rates the attacker chooses from; with three or more, and the highest the best, higher ones, too."
-        },
+        metadata={"help": "Rates the attacker chooses from."},
+    )
+    extensions: int = field(
+        default=2,
+        metadata={"help": "How many higher rates are tried, while the highest of three or more is the best."},
     )
     jobs: int | None = field(
         default=None,
@@ -117,7 +119,9 @@ def main(argv: list[str]) -> dict[str, Any]:
 
     words = {"decisive": list(DECISIVE), "all": list(ATTACKS)}
     attacks = list(dict.fromkeys(name for word in arguments.attacks for name in words.get(word, [word])))
-    protocol = hf_ntp.FineTuneProtocol(arguments.steps, arguments.batch_size, tuple(arguments.learning_rates))
+    protocol = hf_ntp.FineTuneProtocol(
+        arguments.steps, arguments.batch_size, tuple(arguments.learning_rates), extensions=arguments.extensions
+    )
     (target,) = domains.load(arguments, "target").values()
     check_target(target["train"]["label"])
     parts = {"attacker": target["train"], "validation": target["validation"], "test": target["test"]}

@@ -24,11 +24,11 @@ class FineTuneProtocol:
         steps: Optimizer steps of one fit, whatever the sample size.
         batch_size: Images per step; smaller sets use all their images in every step.
         learning_rates: Grid from which validation accuracy chooses, per arm and sample size.
-        extensions: Where the highest rate of the grid is the best, how many more are tried above it, one after another
-            for as long as each is better than all before. Not below the lowest: all fits have the same number of
-            steps, in which lower rates get less far. Grids of one or two rates are left as they are.
         weight_decay: Of the optimizer.
         warmup_steps: Steps of linear warm-up.
+        extensions: Where the highest rate of the grid is the best, how many more are tried above it, one after another
+            for as long as each is better than all before. Not below the lowest: all fits have the same number of
+            steps, in which lower rates get less far. Becomes 0 for grids of one or two rates, which have no end.
 
     Raises:
         ValueError: For values that cannot work.
@@ -37,9 +37,9 @@ class FineTuneProtocol:
     steps: int = 600
     batch_size: int = 32
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
-    extensions: int = 2
     weight_decay: float = 0.01
     warmup_steps: int = 20
+    extensions: int = 2
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -55,13 +55,14 @@ class FineTuneProtocol:
             )
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates are {self.learning_rates}; needed: at least one positive rate.")
+        if len(self.learning_rates) < 3:
+            object.__setattr__(self, "extensions", 0)
 
     def extended(self, times: int) -> FineTuneProtocol:
-        """Return the protocol with ``times`` higher rates, which go on in the grid's own steps."""
+        """Return the protocol with ``times`` higher rates, which go on in the grid's own steps (of three at least)."""
         rates = list(self.learning_rates)
-        if len(rates) > 2:
-            for _ in range(times):  # 1, 3, 10 is followed by 30
-                rates.append(float(f"{rates[-1] * rates[-2] / rates[-3]:.3g}"))
+        for _ in range(times):  # 1, 3, 10 is followed by 30
+            rates.append(float(f"{rates[-1] * rates[-2] / rates[-3]:.3g}"))
         return replace(self, learning_rates=tuple(rates))
 
 

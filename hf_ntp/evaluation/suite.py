@@ -17,7 +17,7 @@ from .summary import retained_share, summarize
 _REFERENCE = "dense"
 DIVERGED = (
     "the fit diverged at every value of its grid, or with another seed at the chosen one: no measurement, and no sign "
-    "of protection. Lower the learning rates"
+    "of protection. Lower the learning rates, or set extensions to 0"
 )
 """Reason why an attack is listed as not run."""
 
@@ -60,12 +60,12 @@ def run_attacks(
 
     Returns:
         "sample_sizes", "seeds", "protocol", "scratch" (curve by number of steps, and by name of the attack where that
-        begins with authorized images), "starts" (start to attack to
-        "accuracies" [seeds][sizes], "tuned" [sizes] and areas in three units with intervals), "retained_transfer"
-        (start to attack to share, null where the unprotected model gave nothing), "worst_case" (start to "attack",
-        the one with the largest area, its "slc_auc", and "retained_transfer": that area over the largest one of the
-        unprotected model, an attacker who tries everything on both) and "not_run" (start to attack to reason). Where
-        a tuned value is the first or last of its grid with all extensions, "at_edge" of the attack counts the sizes.
+        begins with authorized images), "starts" (start to attack to "accuracies" [seeds][sizes], "tuned" [sizes] and
+        areas in three units with intervals), "retained_transfer" (start to attack to share, null where the unprotected
+        model was worth less than 0.01), "worst_case" (start to "attack", the one with the largest area, its "slc_auc",
+        and "retained_transfer": that area over the largest one of the unprotected model, an attacker who tries
+        everything on both) and "not_run" (start to attack to reason). Where a tuned value is the first or last of its
+        grid with all extensions, "at_edge" of the attack counts the sizes.
 
     Raises:
         ValueError: For unknown attacks or starts that miss "protected".

@@ -230,7 +230,8 @@ class ProtectionArguments:
         default=0.5,
         metadata={
             "help": "Share of attackers whose BatchNorm layers keep the model's statistics of the authorized domain, "
-            "instead of normalising with those of their batch. Without such layers it changes nothing."
+            "instead of normalising with those of their batch; of those who begin with the model's own weights. "
+            "Without such layers it changes nothing."
         },
     )
     attacker_sgd: float = field(

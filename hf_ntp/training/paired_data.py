@@ -182,10 +182,8 @@ def labels_of(dataset: Dataset, name: str) -> np.ndarray:
         )
     if size:
         _batch(dataset, [0])
-    if isinstance(dataset, datasets.Dataset):
-        labels = dataset.with_format(None)["labels"][:] if size else []  # without the images
-    elif (labels := getattr(dataset, "labels", None)) is None:
-        labels = [dataset[i]["labels"] for i in range(size)]
+    labels = getattr(dataset, "labels", None)
+    labels = [dataset[i]["labels"] for i in range(size)] if labels is None else labels
     values = np.asarray([label.item() if isinstance(label, Tensor) else label for label in labels])
     check_target(values, name)
     check_labels(values, int(np.iinfo(np.int64).max), name)
@@ -206,7 +204,7 @@ def check_images(dataset: Dataset, name: str) -> None:
 def as_pixels(
     data: ImageData, image_processor: BaseImageProcessor | None, name: str, labelled: bool = True
 ) -> Dataset:
-    """Return a dataset of "pixel_values" and "labels": images are pre-processed once, what holds these is kept.
+    """Return a dataset of "pixel_values" and "labels": images are pre-processed once, other datasets kept.
 
     Args:
         data: Images, or a dataset that is kept.
@@ -224,8 +222,6 @@ def as_pixels(
         )
     if not isinstance(data, datasets.Dataset):
         return data
-    if "pixel_values" in data.column_names:
-        return data if data.format["type"] == "custom" else data.with_format("torch")
     if image_processor is None:
         raise ValueError(
             f"{name} holds images but processing_class is None; needed: the model's image processor. Pass "

@@ -14,6 +14,7 @@ ATTACKS = {
     "dense": FineTuning(),
     "mask kept": FineTuning(keep_mask=True),
     "head kept": FineTuning(keep_head=True),
+    "statistics kept": FineTuning(changes=("keep_statistics",)),
     "biases": FineTuning(trained="bias"),
     "sgd, longer": FineTuning(optimizer="sgd", longer=2),
     "changed": FineTuning(changes=("renormalize", "reinit_first_block")),

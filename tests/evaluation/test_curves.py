@@ -18,6 +18,7 @@ from hf_ntp import (
     summarize,
 )
 from hf_ntp.attacks.fine_tuning import FineTuning, predictor
+from hf_ntp.attacks.shot import Shot
 from hf_ntp.evaluation import runner
 from hf_ntp.evaluation.cache import ResultCache
 from hf_ntp.evaluation.runner import LearningCurves, accuracy_of, load_start
@@ -158,11 +159,25 @@ def test_other_grids_follow_that_of_the_rates(attack, checkpoints, monkeypatch):
     assert [value for name, value in fits if name == "knn"] == list(ATTACKS["knn"].grid(protocol))
 
 
+def test_the_attackers_images_reach_attacks_that_need_no_labels(attack, checkpoints, monkeypatch):
+    pools = []
+
+    def fit(self, model, loot, *rest):
+        pools.append(loot.pool)
+        return predictor(model)
+
+    monkeypatch.setattr(Shot, "fit", fit)
+    arm = Arm("shot", checkpoints[0], attack=ATTACKS["shot"])
+    sample_wise_learning_curves([arm], attack, [6], [0], QUICK, jobs=1)
+    assert pools
+    assert all(pool is attack.train for pool in pools)
+
+
 def test_extended_grids():
     protocol = FineTuneProtocol(learning_rates=(3e-4, 1e-3, 3e-3, 1e-2))
     assert protocol.extended(0) == protocol
     assert protocol.extended(2).learning_rates == (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    assert QUICK.extended(2) == QUICK  # two rates are somebody's choice
+    assert QUICK.extensions == 0  # two rates are somebody's choice
 
 
 @pytest.mark.parametrize("sizes", [[12, 6], [6, 6], [6, 25], []])

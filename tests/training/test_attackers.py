@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from hf_ntp.models import EncoderWithHead, batch_norms, find_head, prunable_weights
 from hf_ntp.training import attackers
 from hf_ntp.training.arguments import ProtectionArguments
-from hf_ntp.training.attacker import Plan
+from hf_ntp.training.attacker import INFORMED, Plan
 from hf_ntp.training.attackers import AttackerPool
 
 from ..conftest import Rows, tiny_resnet, tiny_vit
@@ -205,6 +205,13 @@ def test_a_kept_head_is_the_models_and_denied_at_once():
     assert any(push.abs().sum() > 0 for push in pool.push)
 
 
+def test_statistics_are_kept_with_the_weights_they_belong_to():
+    options = ProtectionArguments(attacker_informed=0.8, attacker_keeps_statistics=1.0)
+    plans = [Plan.draw(options, 0, 0, life) for life in range(200)]
+    assert {plan.start for plan in plans if plan.keeps_statistics} == {"plain", "norms"}
+    assert {plan.start for plan in plans if not plan.keeps_statistics} == set(INFORMED) - {"norms"}
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_kept_statistics_are_those_of_the_model(kept):
     """The first loss is that of evaluation, or of a pass with the statistics of the batch; neither moves them."""
@@ -298,7 +305,8 @@ def test_every_domain_needs_an_attacker():
         AttackerPool(model, name, head, {"a": np.arange(3), "b": np.arange(3)}, ProtectionArguments(attackers=1), 0)
 
 
-def test_state_round_trip_continues_exactly():
+@pytest.mark.parametrize("make", [tiny_vit, tiny_resnet])
+def test_state_round_trip_continues_exactly(make):
     shares = {
         "attacker_informed": 0.5,
         "attacker_keeps_mask": 0.5,
@@ -306,7 +314,7 @@ def test_state_round_trip_continues_exactly():
         "attacker_keeps_statistics": 0.5,
     }
     options = {"attackers": 3, "attacker_horizon": [3, 6], **shares}
-    model = tiny_vit()
+    model = make()
     masks = {name: torch.rand_like(weight) > 0.5 for name, weight in prunable_weights(model).items()}
     one = pool_of(model, **options)
     for _ in range(7):
