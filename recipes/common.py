@@ -90,8 +90,7 @@ class RecipeArguments:
     attack_steps: int = field(default=600, metadata={"help": "Optimizer steps of every fit."})
     attack_batch_size: int = field(default=32, metadata={"help": "Images per step of every fit."})
     attack_learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3],
-        metadata={"help": "Rates the attacker chooses from."},
+        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Rates the attacker chooses from."}
     )
     attack_extensions: int = field(
         default=2,

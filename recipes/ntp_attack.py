@@ -69,8 +69,7 @@ class AttackArguments:
     steps: int = field(default=600, metadata={"help": "Optimizer steps of a fit."})
     batch_size: int = field(default=32, metadata={"help": "Images per step of a fit."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2],
-        metadata={"help": "Rates the attacker chooses from."},
+        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "Rates the attacker chooses from."}
     )
     extensions: int = field(
         default=2,

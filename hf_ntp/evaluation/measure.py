@@ -111,7 +111,7 @@ def measure_transfer(
         raise FloatingPointError(
             f"fits of {', '.join(curves.diverged)} diverged at every rate of {list(protocol.learning_rates)}, or with "
             "another seed at the chosen one; needed: an attacker who learns, or the model would look protected. Lower "
-            "the learning rates."
+            "the learning rates, or set extensions to 0."
         )
     return Transfer(curves, scratch_convergence(arms[0], curves, protocol, shared), protocol)
 

@@ -204,9 +204,9 @@ def _next_values(attack: Attack, protocol: FineTuneProtocol, extension: int, bes
     grid = sorted(attack.grid(protocol.extended(extension)))
     if best is None:
         return grid
-    return (
-        [value for value in grid if value > best] if best == max(attack.grid(protocol.extended(extension - 1))) else []
-    )
+    if best < max(attack.grid(protocol.extended(extension - 1))):
+        return []
+    return [value for value in grid if value > best]
 
 
 def _rank(validation: float) -> float:

@@ -378,9 +378,7 @@ class AttackerPool:
         felt = list(torch._foreach_mul(list(gradients[: len(factors)]), factors))
         self._mask(felt, attacker.followed)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(felt)))
-        # Selected, not multiplied by 0: the gradient of an attacker who diverges is not finite.
-        scaled = torch._foreach_mul(felt, 1 / norm.clamp_min(1e-6))
-        torch._foreach_sub_(self.push, [torch.where(denied, each, 0.0) for each in scaled])
+        torch._foreach_sub_(self.push, torch._foreach_mul(felt, denied / norm.clamp_min(1e-6)))
 
     @torch.no_grad()
     def push_back(self, learning_rate: Tensor | float) -> None:
