@@ -29,6 +29,7 @@ def benchmark(monkeypatch):
     monkeypatch.setattr(module, "DECISIVE", ("mask_kept", "dense", "linear_probe"))
     monkeypatch.setattr(module, "SAMPLE_SIZES", (10, 20))
     monkeypatch.setattr(module, "SEEDS", (0, 1))
+    monkeypatch.setattr(module, "PROTECTION_SEEDS", (1,))
     monkeypatch.setattr(module, "PRETRAIN_STEPS", 4)
     return module
 
@@ -43,12 +44,21 @@ def test_one_cell_from_pretraining_to_the_table(benchmark, tmp_path, monkeypatch
     assert set(cell["adaptive"]["starts"]) == {"protected", "unprotected"}
     assert set(cell["paper"]["starts"]["protected"]) == {"mask_kept", "dense"}
     assert set(cell["source_accuracy"]) == {"unprotected", "adaptive", "paper", "reference"}
+    others = results["other_seeds"][name]
+    assert set(others["source_accuracy"]) == {"seed_1"}
+    assert set(others["starts"]) == {"protected", "unprotected", "seed_1"}
+    for attack, of_the_cell in others["starts"]["protected"].items():
+        assert of_the_cell == cell["adaptive"]["starts"]["protected"][attack]
+    protected = list((tmp_path / "work").glob("*/models/resnet/optdigits/mnist/adaptive*/model/model.safetensors"))
+    assert len(protected) == 2
+    assert len({path.read_bytes() for path in protected}) == 2
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
     assert saved["cells"].keys() == results["cells"].keys()
     assert "resnet/optdigits-mnist" in (tmp_path / "out" / "table.md").read_text()
     assert Image.open(tmp_path / "out" / "strength.png").size[0] > 500
 
-    monkeypatch.setattr(benchmark, "attack", None)  # a cell that is there is not run again
+    for measure in ("attack", "attack_other_seeds"):
+        monkeypatch.setattr(benchmark, measure, None)  # a cell that is there is not run again
     assert benchmark.main(command)["cells"] == saved["cells"]
 
 

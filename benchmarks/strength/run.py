@@ -54,6 +54,8 @@ FULL_SUITE = ("vit/mnist-optdigits", "resnet/mnist-mnistm")
 THIRD = "syn"
 """Unrelated domain on which the collateral damage of the full-suite cells is measured."""
 PAPER_ATTACKS = ("mask_kept", "dense")
+PROTECTION_SEEDS = (1, 2)
+"""Seeds of further protected models of every cell, which meet the paper's attacks alone."""
 SAMPLE_SIZES = (10, 30, 100)
 SEEDS = (0, 1, 2)
 OWNER_FRACTION = 0.75
@@ -217,6 +219,23 @@ def attack_with_everything(cell: Cell, models: dict[str, Path], work: Path, jobs
     }
 
 
+def attack_other_seeds(cell: Cell, models: dict[str, Path], work: Path, jobs: int | None) -> dict[str, Any]:
+    """Measure models that differ in the seed of their protection with the paper's attacks."""
+    folder = models["adaptive"].parents[1]
+    seeds = {f"seed_{seed}": folder / f"adaptive_seed_{seed}" / "model" for seed in PROTECTION_SEEDS}
+    preset = ARCHITECTURES[cell.architecture].adaptive
+    options = {name: (preset, {"seed": seed}) for name, seed in zip(seeds, PROTECTION_SEEDS, strict=True)}
+    protect_missing(cell, models["unprotected"], seeds, options, jobs)
+    data, settings = arena(cell, work, jobs)
+    test = load(cell.source, ARCHITECTURES[cell.architecture].image_size).test
+    starts = {"protected": models["adaptive"], "unprotected": models["unprotected"], **seeds}
+    paths = {name: str(path) for name, path in starts.items()}
+    return {
+        "source_accuracy": {name: source_accuracy(paths[name], test) for name in seeds},
+        **run_attacks(paths, data, PAPER_ATTACKS, **settings),
+    }
+
+
 def source_accuracy(folder: str, test: hf_ntp.PixelDataset) -> float:
     """Accuracy on the authorized test split, in eval mode."""
     return accuracy_of(predictor(AutoModelForImageClassification.from_pretrained(folder)), test)
@@ -229,8 +248,8 @@ def sparsity(folder: str) -> float:
     )
 
 
-def make_models(cell: Cell, work: Path, jobs: int) -> dict[str, Path]:
-    """Pretrain and protect what is missing for a cell, as much at a time as there are processes."""
+def make_models(cell: Cell, work: Path, jobs: int | None) -> dict[str, Path]:
+    """Pretrain and protect what is missing for a cell."""
     root = work / "models" / cell.architecture / cell.source
     adaptive = ARCHITECTURES[cell.architecture].adaptive
     base = root / "unprotected" / "model"
@@ -240,15 +259,22 @@ def make_models(cell: Cell, work: Path, jobs: int) -> dict[str, Path]:
         "reference": root / "without_target_terms" / "model",
     }
     options = {"adaptive": (adaptive, {}), "paper": ("paper", {}), "reference": (adaptive, WITHOUT_TARGET)}
+    if not base.exists():
+        pretrain(cell.architecture, cell.source, base)
+    protect_missing(cell, base, models, options, jobs)
+    return {"unprotected": base, **models}
+
+
+def protect_missing(
+    cell: Cell, base: Path, models: dict[str, Path], options: dict[str, tuple[str, dict[str, Any]]], jobs: int | None
+) -> None:
+    """Protect with every preset and options whose model is missing, as many at a time as there are processes."""
     with joblib.parallel_config("loky", inner_max_num_threads=1):
-        if not base.exists():
-            pretrain(cell.architecture, cell.source, base)
-        joblib.Parallel(n_jobs=jobs)(
+        joblib.Parallel(n_jobs=jobs or joblib.cpu_count())(
             joblib.delayed(protect)(cell, base, folder, *options[name])
             for name, folder in models.items()
             if not folder.exists()
         )
-    return {"unprotected": base, **models}
 
 
 def settings_of(cell: Cell) -> str:
@@ -269,6 +295,11 @@ def suite_settings_of(cell: Cell) -> str:
     return hashlib.sha256(json.dumps([settings_of(cell), attacks, THIRD]).encode()).hexdigest()[:12]
 
 
+def seeds_settings_of(cell: Cell) -> str:
+    """The same for the models of other protection seeds."""
+    return hashlib.sha256(json.dumps([settings_of(cell), PROTECTION_SEEDS]).encode()).hexdigest()[:12]
+
+
 def table(results: dict[str, Any]) -> str:
     """One row per cell: accuracy on the source, then SLC-AUC (decades) of the attacks and what is retained."""
     columns = list(DECISIVE)
@@ -280,6 +311,7 @@ def table(results: dict[str, Any]) -> str:
         "unprotected",
         *columns,
         "dense retained",
+        "by other protection seeds",
         "worst retained",
         "paper: mask",
         "paper: source",
@@ -292,12 +324,14 @@ def table(results: dict[str, Any]) -> str:
             cell["adaptive"]["worst_case"]["protected"],
         )
         accuracy = cell["source_accuracy"]
+        others = results["other_seeds"].get(name, {}).get("retained_transfer", {})
         rows.append([
             name,
             *(f"{accuracy[key]:.3f}" for key in ("unprotected", "reference", "adaptive")),
             f"{cell['adaptive']['starts']['unprotected']['dense']['decades']:+.3f}",
             *(f"{protected[key]['decades']:+.3f}" if key in protected else "" for key in columns),
             percent(retained["dense"]),
+            ", ".join(percent(others[start]["dense"]) for start in others if start != "protected"),
             percent(worst["retained_transfer"]),
             *(f"{cell['paper']['starts']['protected'][key]['decades']:+.3f}" for key in PAPER_ATTACKS),
             f"{accuracy['paper']:.3f}",
@@ -380,10 +414,16 @@ def main(argv: list[str]) -> dict[str, Any]:
     arguments = parse(argv)
     work, out = Path(arguments.work_dir), Path(arguments.out)
     known = out / "results.json"
-    results = json.loads(known.read_text()) if known.exists() else {"cells": {}, "full_suite": {}}
+    results = json.loads(known.read_text()) if known.exists() else {}
     every = [Cell(architecture, *pair) for pair in PAIRS for architecture in ARCHITECTURES]
     cells = [cell for cell in every if any(part in str(cell) for part in arguments.only or [""])]
-    measured = (("cells", attack, settings_of), ("full_suite", attack_with_everything, suite_settings_of))
+    measured = (
+        ("cells", attack, settings_of),
+        ("full_suite", attack_with_everything, suite_settings_of),
+        ("other_seeds", attack_other_seeds, seeds_settings_of),
+    )
+    for part, *_ in measured:
+        results.setdefault(part, {})
     for part, measure, describe in measured:
         for cell in cells:
             settings = describe(cell)
@@ -393,7 +433,7 @@ def main(argv: list[str]) -> dict[str, Any]:
                 continue
             start = perf_counter()
             # Models of other settings are other models.
-            models = make_models(cell, work / settings_of(cell), arguments.jobs or joblib.cpu_count())
+            models = make_models(cell, work / settings_of(cell), arguments.jobs)
             found = measure(cell, models, work, arguments.jobs)
             results[part][str(cell)] = rounded({"settings": settings, "seconds": perf_counter() - start, **found})
             write(results, out)

@@ -91,7 +91,8 @@ class LearningCurves:
         accuracies: Arm name to [seeds, sizes], fractions.
         learning_rates: Arm name to the chosen rate (or other tuned value of the attack) per size.
         fits: Number of fits the curves rest on.
-        diverged: Names of the arms of which a chosen fit did not stay finite: they measure nothing.
+        diverged: Names of the arms that, at some size, diverged at every value with one seed or another: they measure
+            nothing.
     """
 
     sample_sizes: tuple[int, ...]
@@ -132,8 +133,8 @@ def sample_wise_learning_curves(
 
     One protocol and one grid for all starts of an attack. Per arm and size, the learning rate (or whatever the attack
     tunes) is the one with the best validation accuracy on the first seed, the lower one on ties; the other seeds use
-    it. A grid of rates whose highest is the best is extended, by the same rule for all arms (see
-    :class:`FineTuneProtocol`). Accuracies are those of the last step.
+    it, and if it diverges with one of them, all take the next best. A grid of rates whose highest is the best is
+    extended, by the same rule for all arms (see :class:`FineTuneProtocol`). Accuracies are those of the last step.
 
     Processes that call this with the same arguments and one ``cache_dir``, such as those that `accelerate launch`
     starts on one or several machines, share the fits out among them, and each returns the whole. They talk through
@@ -167,24 +168,34 @@ def sample_wise_learning_curves(
     subsets = {seed: nested_subsets(data.train.labels, sample_sizes, seed) for seed in seeds}
     arms = [replace(arm, checkpoint=local_folder(arm.checkpoint)) for arm in arms]
     run = _Sweep(subsets, data, protocol, ResultCache(cache_dir), jobs, together)
-    # Large fits first, so that no core is left with a long one at the end.
-    points = [(size, arm) for size in sorted(sample_sizes, reverse=True) for arm in arms]
     first, *others = seeds
     results: dict[_Fit, Accuracies] = {}
-    best: dict[tuple[Arm, int], float] = {}
+    # Values tried so far, best first. Large fits first, so that no core is left with a long one at the end.
+    ranked: dict[tuple[Arm, int], list[float]] = {
+        (arm, size): [] for size in sorted(sample_sizes, reverse=True) for arm in arms
+    }
     for extension in range(protocol.extensions + 1):
-        tried = {
-            (arm, size): _next_values(arm.attack, protocol, extension, best.get((arm, size))) for size, arm in points
-        }
-        fits = [_Fit(arm, size, first, value) for (arm, size), values in tried.items() for value in values]
+        tried = {point: _next_values(point[0].attack, protocol, extension, known) for point, known in ranked.items()}
+        fits = [_Fit(*point, first, value) for point, values in tried.items() for value in values]
         if not fits:
             break
         results |= run(fits, f"tuning, rates added {extension} times" if extension else "tuning")
-        for (arm, size), values in tried.items():
-            # The best so far comes first: a tie does not replace it.
-            candidates = [value for value in (best.get((arm, size)), *values) if value is not None]
-            best[arm, size] = max(candidates, key=lambda v: _rank(results[_Fit(arm, size, first, v)].validation))
-    results |= run([_Fit(arm, size, seed, best[arm, size]) for size, arm in points for seed in others], "other seeds")
+        for (arm, size), known in ranked.items():
+            known += tried[arm, size]
+            # Stable, also when reversed: a tie does not replace what was tried before.
+            known.sort(key=lambda value: _rank(results[_Fit(arm, size, first, value)].validation), reverse=True)
+    for (arm, size), known in ranked.items():
+        finite = [value for value in known if not math.isnan(results[_Fit(arm, size, first, value)].validation)]
+        ranked[arm, size] = finite or known[:1]
+    waiting = list(ranked)
+    while waiting:
+        fits = [_Fit(*point, seed, ranked[point][0]) for point in waiting for seed in others]
+        results |= run(fits, "other seeds")
+        lost = {(fit.arm, fit.size) for fit in fits if math.isnan(results[fit].validation)}
+        waiting = [point for point in waiting if point in lost and len(ranked[point]) > 1]
+        for point in waiting:
+            del ranked[point][0]
+    best = {point: known[0] for point, known in ranked.items()}
     accuracies = {
         arm.name: [[results[_Fit(arm, n, seed, best[arm, n])].test for n in sample_sizes] for seed in seeds]
         for arm in arms
@@ -199,14 +210,12 @@ def sample_wise_learning_curves(
     )
 
 
-def _next_values(attack: Attack, protocol: FineTuneProtocol, extension: int, best: float | None) -> list[float]:
-    """Values to try: the grid, and once the highest is the best, what the next extension adds."""
+def _next_values(attack: Attack, protocol: FineTuneProtocol, extension: int, known: Sequence[float]) -> list[float]:
+    """Values to try: the grid, and once the highest of the ``known``, best first, is the best, what is added next."""
     grid = sorted(attack.grid(protocol.extended(extension)))
-    if best is None:
+    if not known:
         return grid
-    if best < max(attack.grid(protocol.extended(extension - 1))):
-        return []
-    return [value for value in grid if value > best]
+    return [value for value in grid if value > known[0]] if known[0] == max(known) else []
 
 
 def _rank(validation: float) -> float:

@@ -16,8 +16,8 @@ from .summary import retained_share, summarize
 
 _REFERENCE = "dense"
 DIVERGED = (
-    "the fit diverged at every value of its grid, or with another seed at the chosen one: no measurement, and no sign "
-    "of protection. Lower the learning rates, or set extensions to 0"
+    "the fit diverged at every value of its grid, with one seed or another: no measurement, and no sign of "
+    "protection. Lower the learning rates"
 )
 """Reason why an attack is listed as not run."""
 

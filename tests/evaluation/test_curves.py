@@ -216,6 +216,27 @@ def test_the_rate_is_tuned_on_the_first_seed(attack, checkpoints, monkeypatch):
     assert sorted(fits) == [(1, 1e-2), (3, 1e-3), (3, 1e-2)]
 
 
+@pytest.mark.parametrize(("broken", "tuned"), [({}, 1e-1), ({1e-1}, 1e-3), ({1e-1, 1e-3, 1e-4}, 1e-4)])
+def test_a_rate_that_diverges_with_another_seed_is_passed_over(attack, checkpoints, monkeypatch, broken, tuned):
+    """On the first seed, 1e-1 is best, then 1e-3, then 1e-4; 1e-2 diverges. Where no rate is left, that is said."""
+    first = {1e-1: 0.9, 1e-3: 0.5, 1e-4: 0.4}
+    fits = []
+
+    def run(batch, *rest):
+        (fit,) = batch
+        fits.append((fit.seed, fit.value))
+        value = math.nan if fit.seed == 2 and fit.value in broken else first.get(fit.value, math.nan)
+        return {fit: runner.Accuracies(value, value)}
+
+    monkeypatch.setattr(runner, "_run", run)
+    protocol = replace(QUICK, learning_rates=(1e-1, 1e-2, 1e-3, 1e-4))
+    found = sample_wise_learning_curves(standard_arms(*checkpoints)[:1], attack, [6], [0, 1, 2], protocol, jobs=1)
+    assert found.learning_rates["scratch"] == [tuned]
+    assert found.diverged == (("scratch",) if tuned in broken else ())
+    assert len(fits) == len(set(fits))  # also without a cache
+    assert (1, 1e-2) not in fits
+
+
 def test_arms_start_where_they_should(checkpoints):
     loaded = load_start(Arm("a", checkpoints[0]), seed=0)
     scratch = load_start(Arm("s", checkpoints[0], random_init=True), seed=5)
