@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .evaluation.summary import summarize
     from .models.lora_merge import merge_lora
     from .models.sparse_storage import compress_folder, expand_folder
+    from .publishing.from_trainer import write_folder
     from .publishing.hub import push_folder, push_metric
     from .publishing.loading import Protected, load_protected
     from .publishing.record import read_record
@@ -66,6 +67,7 @@ _HOMES = {
     "standard_arms": "evaluation.arms",
     "summarize": "evaluation.summary",
     "verify_folder": "publishing.verify",
+    "write_folder": "publishing.from_trainer",
 }
 
 __all__ = [
@@ -98,6 +100,7 @@ __all__ = [
     "standard_arms",
     "summarize",
     "verify_folder",
+    "write_folder",
 ]
 
 

@@ -154,7 +154,7 @@ def parse(argv: list[str], kind: type[Arguments], description: str) -> tuple[Arg
     for option in ("model_name_or_path", *_DATASETS):
         first.add_argument(f"--{option}", f"--{option.replace('_', '-')}", nargs="+")
     early = first.parse_known_args(argv)[0]
-    defaults = yaml.safe_load(Path(early.config).read_text()) or {}
+    defaults = _read_defaults(first, early.config)
     if early.preset and early.config == kind.config:
         # What was asked for goes before the recipe's own file, as it does not before a file that was asked for, too.
         defaults |= PRESETS.get(early.preset, {})
@@ -180,6 +180,9 @@ def parse(argv: list[str], kind: type[Arguments], description: str) -> tuple[Arg
             f"--model_name_or_path is given and --{' and --'.join(forgotten)} not: the defaults are the demo's. Name "
             "the domains of your model, or give the demo's by name"
         )
+    for action in parser._actions:
+        if action.nargs == "+" and defaults.get(action.dest) is not None:
+            defaults[action.dest] = _as_given(parser, action, defaults[action.dest])
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in known})
     recipe, config = parser.parse_args_into_dataclasses(argv)
     if getattr(config, "push_to_hub", False):
@@ -188,6 +191,26 @@ def parse(argv: list[str], kind: type[Arguments], description: str) -> tuple[Arg
             "hf-ntp push OUTPUT_DIR/protected ORG/NAME"
         )
     return recipe, config
+
+
+def _read_defaults(parser: ArgumentParser, path: str) -> dict[str, Any]:
+    """Read a configuration file; what is none ends the program."""
+    try:
+        defaults = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"the configuration file cannot be read ({error})")
+    if not isinstance(defaults, dict):
+        parser.error(f"{path} holds a {type(defaults).__name__}; needed: options by name, such as 'max_steps: 3000'")
+    return defaults
+
+
+def _as_given(parser: ArgumentParser, action: Any, value: Any) -> list[Any]:
+    """Read a list of the configuration file as if it stood on the command line: YAML takes 1e-3 for text."""
+    try:
+        values = value if isinstance(value, list) else [value]
+        return [action.type(each) if isinstance(each, str) else each for each in values]
+    except (TypeError, ValueError) as error:
+        parser.error(f"the configuration file has {action.dest}: {value} ({error})")
 
 
 def small_processor() -> BaseImageProcessor:

@@ -56,7 +56,7 @@ def load(recipe: Any, side: str) -> dict[str, DatasetDict]:
 
 
 def listed(given: str | list[str]) -> list[str]:
-    """One name, as a YAML file may have it, or several."""
+    """One name, as of the attack recipe, or several."""
     return [given] if isinstance(given, str) else given
 
 

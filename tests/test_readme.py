@@ -51,6 +51,9 @@ def test_python_examples(blocks, tmp_path, monkeypatch):
             space["trainer"].train()
     assert space["measured"].sparsity.achieved == pytest.approx(0.6, abs=1e-3)
     assert (tmp_path / "runs" / "mine" / "protected" / "model.safetensors").exists()
+    record = hf_ntp.verify_folder(tmp_path / "runs" / "mine" / "published").record
+    assert record["source_accuracy"]["after"] == space["measured"].accuracy.after
+    assert [domain["name"] for domain in record["unauthorized_domains"]] == ["optdigits"]
 
 
 def test_publish_commands(hub, tmp_path, monkeypatch):

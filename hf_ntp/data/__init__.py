@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from .augmentation import RandomShift, RandomView
-from .columns import check_labels, check_target, dataset_fingerprint, find_columns
+from .columns import MOST_CLASSES, check_labels, check_target, dataset_fingerprint, find_columns
 from .digits import mnist, optdigits
 from .domains import EMBEDDED_DOMAINS, load_domain
-from .images import PixelDataset, preprocess, to_rgb
+from .images import PixelDataset, check_pixels, preprocess, to_rgb
 from .neighbourhood import Neighbourhood
 from .reference import DomainReference, domain_name
 from .rows import fetch_rows, fingerprint_of
@@ -15,12 +15,14 @@ from .synthetic import mnistm, syn
 
 __all__ = [
     "EMBEDDED_DOMAINS",
+    "MOST_CLASSES",
     "DomainReference",
     "Neighbourhood",
     "PixelDataset",
     "RandomShift",
     "RandomView",
     "check_labels",
+    "check_pixels",
     "check_target",
     "dataset_fingerprint",
     "domain_name",

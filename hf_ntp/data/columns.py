@@ -10,6 +10,8 @@ import datasets
 import fsspec
 import numpy as np
 
+MOST_CLASSES = 1_000_000
+"""Labels without names of classes are numbers below that; beyond, they identify something else."""
 # Tried in this order where types alone do not decide (cifar100 has both fine_label and coarse_label).
 USUAL_LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_label", "target", "category", "digit")
 
@@ -22,8 +24,9 @@ def find_columns(
     Args:
         dataset: Any dataset.
         image_column: Name of the image column; by default the only one of type ``datasets.Image``.
-        label_column: Name of the label column; by default the only ``ClassLabel``, else the first usual name
-            (``label``, ``labels``, ``fine_label``, ``class``, ``target``, ...) with integer or string type.
+        label_column: Name of the label column; by default the first usual name (``label``, ``labels``,
+            ``fine_label``, ``class``, ``target``, ...) of a ``ClassLabel``, or where there is no ``ClassLabel``, of an
+            integer or string column; else the only ``ClassLabel``, unless a column of another type has a usual name.
 
     Returns:
         The names of the image column and of the label column.
@@ -42,22 +45,33 @@ def find_image_column(dataset: datasets.Dataset, wanted: str | None = None) -> s
     if wanted in images:
         return str(wanted)
     needed = "one column of type Image" if wanted is None else f"{wanted!r} to be a column of type Image"
-    fix = f"Pass image_column=, one of {images}." if images else "Convert it: cast_column(name, Image())."
+    fix = (
+        f"Keep one of {images} (remove_columns); load_domain takes its name, image_column=."
+        if images
+        else "Convert it: cast_column(name, Image())."
+    )
     raise ValueError(f"found {describe_columns(dataset)}; needed {needed}. {fix}")
 
 
 def _label_column(dataset: datasets.Dataset, wanted: str | None) -> str:
     classes = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
     usable = [name for name, feature in dataset.features.items() if _can_be_label(feature)]
-    if wanted is None and len(classes) == 1:
-        return classes[0]
     usual = [name for name in USUAL_LABEL_NAMES if name in usable]
-    if wanted is None and usual:
-        return next((name for name in usual if name in classes), usual[0])
+    if wanted is None:
+        if not usual and len(classes) == 1:
+            return classes[0]
+        # Beside "label", a ClassLabel of another name may be anything: the quality of the image, or its true class.
+        if usual and (not classes or set(usual) & set(classes)):
+            return next((name for name in usual if name in classes), usual[0])
     if wanted in usable:
         return str(wanted)
     needed = "a label column" if wanted is None else f"{wanted!r} to be a label column"
-    fix = f"Pass label_column=, one of {usable}." if usable else "Add a column with the class of every image."
+    fix = (
+        f"Call one of {usable} 'label' and keep no other (rename_column, remove_columns); load_domain takes its name, "
+        "label_column=."
+        if usable
+        else "Add a column with the class of every image."
+    )
     raise ValueError(
         f"found {describe_columns(dataset)}; needed {needed} of ClassLabel, integer or string type. {fix}"
     )
@@ -106,8 +120,9 @@ def check_labels(labels: Iterable[Any], num_labels: int, dataset_name: str) -> N
         found = array[bad].item() if isinstance(array[bad], np.generic) else array[bad]
         raise ValueError(
             f"{dataset_name}: row {bad} has label {found!r} ({type(found).__name__}); labels must be "
-            f"integers from 0 to {num_labels - 1}. Drop unlabelled rows, and encode other labels with "
-            "Dataset.class_encode_column."
+            f"integers from 0 to {num_labels - 1}. Drop unlabelled rows; number the classes from 0, all parts and "
+            "splits alike, best as a ClassLabel with their names (Dataset.cast_column; class_encode_column numbers "
+            "the classes that one dataset has)."
         )
 
 

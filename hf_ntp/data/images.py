@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .columns import check_labels, column_values, dataset_fingerprint, find_columns, find_image_column
+from .columns import MOST_CLASSES, check_labels, column_values, dataset_fingerprint, find_columns, find_image_column
 
 if TYPE_CHECKING:  # slow to import, and needed for annotations only
     from transformers.image_processing_utils import BaseImageProcessor
@@ -231,6 +231,15 @@ def _rgb_row(stored: dict[str, Any] | None, row: int) -> Image.Image:
         raise ValueError(f"{place}: {error}") from error
 
 
+def check_pixels(data: object, name: str) -> None:
+    """Raise ``TypeError`` unless the data, which errors call ``name``, is a :class:`PixelDataset`."""
+    if not isinstance(data, PixelDataset):
+        raise TypeError(
+            f"{name} is {type(data).__name__}; needed: a PixelDataset, whose images are resized once. Make one with "
+            "PixelDataset.from_dataset(dataset, image_processor)."
+        )
+
+
 def _pixels_fingerprint(dataset: datasets.Dataset, image_processor: BaseImageProcessor) -> str:
     settings = json.dumps([PIXELS_VERSION, image_processor.to_dict()], sort_keys=True, default=str)
     return hashlib.sha256(f"{dataset_fingerprint(dataset)} {settings}".encode()).hexdigest()
@@ -302,7 +311,7 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if labelled:
             label_column = find_columns(dataset)[1]
             feature, labels = dataset.features[label_column], column_values(dataset, label_column)
-            num_labels = feature.num_classes if isinstance(feature, datasets.ClassLabel) else len(set(labels))
+            num_labels = feature.num_classes if isinstance(feature, datasets.ClassLabel) else MOST_CLASSES
             check_labels(labels, num_labels, f"dataset with label column {label_column!r}")
         else:
             images = dataset.select_columns(find_image_column(dataset))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, default_data_collator
 
 from ..attacks import FineTuneProtocol
 from ..attacks.fine_tuning import predictor
-from ..data import PixelDataset
+from ..data import PixelDataset, check_pixels
 from ..functional import check_sample_sizes
 from ..models import (
     LiveWeights,
@@ -176,8 +176,10 @@ def measure_source(
         train: Labelled authorized images, for those probes.
 
     Raises:
+        TypeError: If the images are no `PixelDataset`.
         ValueError: If the model has no such head and ``train`` is not given.
     """
+    check_pixels(test, "the authorized test split")
     before, after = (load_model(str(path)) for path in (unprotected, protected))
     if _knows_classes(before, test) and _knows_classes(after, test):
         first, last = (accuracy_of(predictor(model), test) for model in (before, after))

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
 from ..attacks import Attack, FineTuneProtocol, Loot, Predict
-from ..data import PixelDataset, nested_subsets
+from ..data import PixelDataset, check_pixels, nested_subsets
 from ..models import load_model
 from .arms import Arm
 from .cache import ResultCache, checkpoint_digest, content_key, local_folder
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 # Fits trained as one on an accelerator: no more than that many, and than have that many weights.
 _MOST_TOGETHER = 32
 _WEIGHTS_TOGETHER = 20_000_000
-NOT_ARCHITECTURE = ("id2label", "label2id", "_name_or_path", "transformers_version", "ntp")
+NOT_ARCHITECTURE = ("id2label", "label2id", "_name_or_path", "transformers_version", "ntp", "quantization_config")
 """Keys of a checkpoint's config that say nothing of its architecture."""
 
 
@@ -57,8 +57,12 @@ class AttackData:
         """Check that a label means the same in all parts.
 
         Raises:
+            TypeError: If they are not `PixelDataset`s.
             ValueError: If their classes have other names, or another order.
         """
+        for name in ("train", "validation", "test", "source"):
+            if name != "source" or self.source is not None:
+                check_pixels(getattr(self, name), name)
         names = {name: getattr(self, name).class_names for name in ("train", "validation", "test")}
         known = {name: tuple(classes) for name, classes in names.items() if classes}
         if len(set(known.values())) > 1:

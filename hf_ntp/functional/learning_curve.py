@@ -92,7 +92,12 @@ def confidence_interval(values: Tensor | Sequence[float], level: float = 0.95) -
     Args:
         values: One value per seed, [seeds]. With a single seed the bounds are NaN: nothing is known of the spread.
         level: Two-sided confidence, in (0, 1).
+
+    Raises:
+        ValueError: For another level.
     """
+    if not 0 < level < 1:
+        raise ValueError(f"the level of confidence is {level}; needed: a number between 0 and 1, such as 0.95.")
     seeds = torch.as_tensor(values, dtype=torch.float64).flatten()
     mean = float(seeds.mean())
     if len(seeds) < 2:

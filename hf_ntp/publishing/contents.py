@@ -70,7 +70,8 @@ def _check_types(folder: str | Path, names: Collection[str]) -> None:
         if found := [name for name in refused if _suffix(name) in suffixes.split()]:
             raise VerificationError(
                 f"{folder} holds files that are {kind}: {listed(found)}; needed: weights as *.safetensors, no code. "
-                "Do not load this folder; as the owner, save the model with save_pretrained and remove these files."
+                "Do not load this folder; as the owner, write what is published with hf_ntp.write_folder, or remove "
+                "these files."
             )
     if refused:
         raise VerificationError(

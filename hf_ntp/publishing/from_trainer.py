@@ -1,4 +1,4 @@
-"""From a trainer to the folder that is published, where nothing has been measured yet."""
+"""From a trainer to the folder that is published."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data import DomainReference
-from ..evaluation.measure import measure_sparsity
+from ..evaluation.measure import Measurement, measure_sparsity
 from ..models import has_head, hub_id, plain_model
 from ..training.domains import Joined
 from .card import NO_REPO
-from .report import build_record, write_report
+from .report import build_record, build_results, write_report
 
 if TYPE_CHECKING:
     from ..training.trainer import NTPTrainer
@@ -25,8 +25,9 @@ def write_folder(
     targets: Sequence[DomainReference] | None = None,
     license: str = "other",
     terms: str | None = None,
+    measured: Measurement | None = None,
 ) -> None:
-    """Write a trainer's protected model with image processor, record and card; these say that nothing was measured.
+    """Write a trainer's protected model with image processor, record and card, ready for :func:`hf_ntp.push_folder`.
 
     Args:
         trainer: After ``train``.
@@ -37,9 +38,12 @@ def write_folder(
         targets: Unauthorized domains; default: those of the trainer by name, with numbered classes.
         license: Licence id as the Hub spells it.
         terms: What the owner allows, in words.
+        measured: What :func:`~hf_ntp.measure_protection` found out about these weights on the only authorized and the
+            only unauthorized domain; without it, record and card say that nothing was measured. The recipes report
+            several domains.
 
     Raises:
-        ValueError: If the model is not protected yet.
+        ValueError: If the model is not protected yet, or the measurement is of another one, or one domain of several.
     """
     model = trainer.model
     if not getattr(model.config, "ntp", None):
@@ -54,16 +58,33 @@ def write_folder(
     images = trainer.train_dataset.source
     authorized = list(images.parts) if isinstance(images, Joined) else ["source"]
     named = {name: [str(i) for i in range(int(labels.max()) + 1)] for name, labels in trainer.target_labels.items()}
+    source = source or [DomainReference(name, name, None, None, {}, classes) for name in authorized]
+    targets = targets or [DomainReference(name, name, None, None, {}, labels) for name, labels in named.items()]
+    zeros = measure_sparsity(model, images)
+    results = None
+    if measured is not None:
+        if len(source) > 1 or len(targets) > 1:
+            raise ValueError(
+                f"there is a measurement of one authorized and one unauthorized domain, and {len(source)} and "
+                f"{len(targets)} were protected; needed: one of each. Protect several with recipes/ntp_vit.py, which "
+                "measures and reports all, or leave the measurement out."
+            )
+        if measured.sparsity.layers != zeros.layers:
+            raise ValueError(
+                "the measurement is of another model: its layers have other zeros; needed: one of these very weights. "
+                "Save them with save_model, and pass that folder to measure_protection."
+            )
+        results = build_results(source[0], targets[0], measured, {}, trainer.args.target_access)
     record = build_record(
-        None,
-        source or [DomainReference(name, name, None, None, {}, classes) for name in authorized],
-        targets or [DomainReference(name, name, None, None, {}, labels) for name, labels in named.items()],
+        results,
+        source,
+        targets,
         type(plain_model(model)).__name__,
         # What was loaded by id may be any commit: a loaded model does not say which.
         {"name": hub_id(getattr(model.config, "_name_or_path", None)), "revision": None, "weights": None},
         trainer.args.summary(),
-        measure_sparsity(model, images),
+        zeros,
         license,
         terms,
     )
-    write_report(folder, record, repo_id=repo_id)
+    write_report(folder, record, results, repo_id=repo_id)

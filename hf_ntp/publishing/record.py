@@ -87,8 +87,8 @@ def read_record(folder: str | Path, links_into: str | Path | None = None) -> dic
     path = Path(folder) / RECORD_FILE
     if not os.path.lexists(path):
         raise FileNotFoundError(
-            f"{folder} holds no {RECORD_FILE}; needed: the folder of a model protected with hf_ntp. Download the "
-            "whole repository with huggingface_hub.snapshot_download."
+            f"{folder} holds no {RECORD_FILE}; needed: a folder that a recipe or hf_ntp.write_folder has made. Of a "
+            "model from the Hub, download the whole repository with huggingface_hub.snapshot_download."
         )
     record = _parse(read_bounded(regular_file(path, links_into), _MAX_BYTES), str(path))
     validate_record(record)

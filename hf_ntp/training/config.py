@@ -34,6 +34,8 @@ _REFUSED = {
     "save_only_model": "Without the optimizer an interrupted run could not end as if it had not been interrupted.",
     "enable_jit_checkpoint": "It saves amid a step and then ends as if training were complete; SIGTERM and Ctrl-C are "
     "answered anyway, by a checkpoint that resumes exactly.",
+    "bf16_full_eval": "It casts the weights themselves, and training would go on with them. Use bf16.",
+    "fp16_full_eval": "It casts the weights themselves, and training would go on with them. Use bf16.",
     "auto_find_batch_size": "A second attempt would start from weights that the first one changed.",
 }
 

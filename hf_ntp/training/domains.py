@@ -106,11 +106,14 @@ def held_out(
     parts = {name: part for name, part in several.items() if name in names} if several else {"eval_dataset": data}
     parts = {name: part for name, part in parts.items() if isinstance(part, Sized)}
     if not parts:
+        by_name = " by the name of their domain"
+        if not names:
+            by_name += f", and train_dataset as a dict with that name, such as {{{next(iter(several), '')!r}: ...}}"
         logger.warning(
             "source_tolerance is judged on training images, which the model may know by heart: eval_dataset is %s. "
             "Better: other authorized images, as a map-style dataset%s.",
             f"one of {', '.join(map(repr, several))}" if several else type(data).__name__,
-            " by the name of their domain" if several else "",
+            by_name if several else "",
         )
     for name, part in parts.items():
         check_labels(labels_of(part, name), num_classes, name)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import BaseImageProcessor, default_data_collator
 
-from ..data import PixelDataset, check_labels, check_target, fetch_rows
+from ..data import MOST_CLASSES, PixelDataset, check_labels, check_target, fetch_rows
+from ..data.columns import column_values
 
 ImageData: TypeAlias = datasets.Dataset | Dataset
 Index = tuple[int, int, tuple[tuple[int, ...], ...]]
@@ -175,25 +176,31 @@ def labels_of(dataset: Dataset, name: str) -> np.ndarray:
     """
     size = length_of(dataset)
     first = dataset[0] if size else {}
-    if size and not {"pixel_values", "labels"} <= set(first):
+    if size and not (isinstance(first, Mapping) and {"pixel_values", "labels"} <= set(first)):
         raise ValueError(
-            f"{name}: rows have the keys {sorted(first)}; needed: 'pixel_values' and 'labels'. Pass a "
-            "datasets.Dataset with an image and a label column, or rename the keys."
+            f"{name}: rows {_keys_of(first)}; needed: 'pixel_values' and 'labels'. Pass a datasets.Dataset with an "
+            "image and a label column, or dicts with these keys."
         )
     if size:
         _batch(dataset, [0])
-    labels = getattr(dataset, "labels", None)
+    labels = column_values(dataset, "labels") if isinstance(dataset, datasets.Dataset) else None
+    labels = getattr(dataset, "labels", labels)
     labels = [dataset[i]["labels"] for i in range(size)] if labels is None else labels
     values = np.asarray([label.item() if isinstance(label, Tensor) else label for label in labels])
     check_target(values, name)
-    check_labels(values, int(np.iinfo(np.int64).max), name)
+    check_labels(values, MOST_CLASSES, name)
     return values.astype(np.int64)
+
+
+def _keys_of(row: Any) -> str:
+    return f"have the keys {sorted(row)}" if isinstance(row, Mapping) else f"are of type {type(row).__name__}"
 
 
 def check_images(dataset: Dataset, name: str) -> None:
     """Raise ``ValueError`` where a dataset without labels cannot be used: no rows, or rows without "pixel_values"."""
-    if not length_of(dataset) or "pixel_values" not in dataset[0]:
-        found = f"rows have the keys {sorted(dataset[0])}" if length_of(dataset) else "there are no rows"
+    first = dataset[0] if length_of(dataset) else None
+    if not isinstance(first, Mapping) or "pixel_values" not in first:
+        found = "there are no rows" if first is None else f"rows {_keys_of(first)}"
         raise ValueError(
             f"{name}: {found}; needed: rows with 'pixel_values'. Pass a datasets.Dataset with an image column, or "
             "rename the keys."
@@ -207,7 +214,7 @@ def as_pixels(
     """Return a dataset of "pixel_values" and "labels": images are pre-processed once, other datasets kept.
 
     Args:
-        data: Images, or a dataset that is kept.
+        data: Images, or a dataset that is kept (one of pixel values gives its rows as tensors).
         image_processor: Image processor (PIL backend).
         name: What errors call the dataset.
         labelled: Whether labels are needed; if not, a column of labels need not be there, and is not looked at.
@@ -222,6 +229,10 @@ def as_pixels(
         )
     if not isinstance(data, datasets.Dataset):
         return data
+    if "pixel_values" in data.features and not _has_images(data):
+        if "labels" not in data.features and "label" in data.features:
+            data = data.rename_column("label", "labels")
+        return data.select_columns([c for c in ("pixel_values", "labels") if c in data.features]).with_format("torch")
     if image_processor is None:
         raise ValueError(
             f"{name} holds images but processing_class is None; needed: the model's image processor. Pass "
@@ -230,8 +241,8 @@ def as_pixels(
     return PixelDataset.from_dataset(data, image_processor, labelled=labelled)
 
 
-def _has_images(stream: datasets.IterableDataset) -> bool:
-    return any(isinstance(feature, datasets.Image) for feature in (stream.features or {}).values())
+def _has_images(data: datasets.Dataset | datasets.IterableDataset) -> bool:
+    return any(isinstance(feature, datasets.Image) for feature in (data.features or {}).values())
 
 
 def evaluation_data(data: Any, image_processor: BaseImageProcessor | None, labelled: bool = True) -> Any:

@@ -14,12 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
     BaseImageProcessor,
     EvalPrediction,
@@ -42,6 +43,7 @@ from ..models import (
     frozen,
     has_batch_norm,
     has_head,
+    layers_with_weights,
     load_model,
     plain_model,
     prunable_weights,
@@ -68,6 +70,7 @@ from .paired_data import (
     PairedDataset,
     PairedSampler,
     Transform,
+    as_pixels,
     collate,
     evaluation_data,
     labels_of,
@@ -119,6 +122,21 @@ def _digest(weights: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _warn_of_frozen_layers(network: PreTrainedModel, head_name: str) -> None:
+    frozen = [
+        name
+        for name, layer in layers_with_weights(network).items()
+        if name != head_name and "lora_" not in name and not layer.weight.requires_grad
+    ]
+    if frozen:
+        logger.warning(
+            "%d layers are frozen (%s, ...): they are neither pruned nor trained against attackers, who can train "
+            "them all the same. Unfreeze them with requires_grad_(True), or expect weaker protection.",
+            len(frozen),
+            ", ".join(frozen[:3]),
+        )
+
+
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of images whose highest logit is the label: the default metric of :class:`NTPTrainer`."""
     return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
@@ -142,16 +160,18 @@ class NTPTrainer(Trainer):
             weights); the trainer's ``model`` is then the base model, which saves without the adapter.
         args: Configuration.
         train_dataset: Authorized (source) data: a `datasets.Dataset` with images and labels, or any map-style dataset
-            of "pixel_values" and "labels". Labels are not needed where features are kept (``source_loss``). Several
-            domains come by name; they share the head, so that their classes are the same.
+            of rows (dicts) of "pixel_values" and "labels". Labels are not needed where features are kept
+            (``source_loss``). Several domains come by name; they share the head, so that their classes are the same.
         target_dataset: Unauthorized (target) data, one dataset or several by domain name. Its label set is its own.
             Labels are not looked at with ``target_access="unlabelled"``; None with ``target_access="none"``.
         eval_dataset: Authorized data for evaluation, as Trainer takes it; without a head, the loss is the distance of
             the features from the original's. With a head, ``source_tolerance`` is judged on it: pass images that the
             original was not trained on, and not those of the test. Of several by name, those count that are named
-            like an authorized domain; without any, or with a stream, training batches have to do.
+            like an authorized domain (of a dict ``train_dataset``); without any, or with a stream, training batches
+            have to do.
         processing_class: Image processor (PIL backend); needed where a dataset holds images.
-        compute_metrics: As in Trainer; accuracy by default, and nothing without a head of classes.
+        compute_metrics: As in Trainer (which has other arguments that are left out here, such as ``data_collator``:
+            batches are made by the trainer itself); accuracy by default, and nothing without a head of classes.
         callbacks: As in Trainer.
         source_transform: Augmentation of authorized training batches: takes pixel values [N, 3, H, W] and a numpy
             Generator, its only source of randomness, and returns the same shape.
@@ -179,6 +199,11 @@ class NTPTrainer(Trainer):
         source_transform: Transform | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ) -> None:
+        if not isinstance(args, NTPConfig):
+            raise TypeError(
+                f"args is {type(args).__name__}; needed: NTPConfig, which has the options of TrainingArguments and "
+                "those of the method. Build NTPConfig(output_dir=..., ...) with the same options."
+            )
         network = load_model(model, args.head_name, args.encoder_name) if isinstance(model, str) else model
         if not isinstance(network, (PreTrainedModel, PeftModel)):
             raise TypeError(
@@ -233,6 +258,7 @@ class NTPTrainer(Trainer):
         check_names(network, prune_include=args.prune_include, prune_exclude=args.prune_exclude)
         self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
         check_pattern(self.prunable, args.prune_pattern)
+        _warn_of_frozen_layers(network, head_name)
         self.paired_sampler = PairedSampler(
             len(paired),
             [len(labels) for labels in self.target_labels.values()],
@@ -283,7 +309,8 @@ class NTPTrainer(Trainer):
         self._terms = self._new_terms()
         self._signals = KeptSignals()
         self._leaving = self._ended = self._staging = False
-        self.add_callback(PruningCallback(self))
+        # Before those of the user, who may save the model when training ends.
+        self.callback_handler.callbacks.insert(0, PruningCallback(self))
 
     @staticmethod
     def _check_fit(network: PreTrainedModel, args: NTPConfig, rows: int) -> None:
@@ -494,6 +521,10 @@ class NTPTrainer(Trainer):
         self._check_state()
         self._warn_if_held_back()
         self._warn_of_loss()
+        self._note_pruning()
+
+    def _note_pruning(self) -> None:
+        """Note in the config what was pruned: whoever has the weights needs it to tell zeros that are meant."""
         self.model.config.ntp = {
             "method": "non-transferable-pruning",
             "sparsity": zero_fraction(list(self.prunable.values())),
@@ -588,6 +619,21 @@ class NTPTrainer(Trainer):
         """Trainer's choice less the prunable weights: the ADMM penalty is their only shrinkage."""
         return [name for name in super().get_decay_parameter_names(model) if name not in self.prunable]
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Trainer's; a `datasets.Dataset` of images is pre-processed as the one of the constructor is."""
+        name = eval_dataset if isinstance(eval_dataset, str) else "eval_dataset"
+        return super().get_eval_dataloader(self._as_pixels(eval_dataset, name))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Trainer's, for images, too."""
+        return super().get_test_dataloader(self._as_pixels(test_dataset, "test_dataset"))
+
+    def _as_pixels(self, data: Any, name: str) -> Any:
+        if not isinstance(data, datasets.Dataset):
+            return data
+        processor: Any = self.processing_class
+        return as_pixels(data, processor, name, labelled=not self._headless)
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return self.paired_sampler
 
@@ -663,8 +709,8 @@ class NTPTrainer(Trainer):
     ) -> Any:
         """Publish the protected model, all files in one commit.
 
-        Record and card say that nothing was measured. To publish evidence too, measure the saved model, write the
-        folder with `recipes/ntp_vit.py` or :mod:`hf_ntp.publishing.report`, and use :func:`hf_ntp.push_folder`.
+        Record and card say that nothing was measured, unless ``measured`` is what
+        :func:`~hf_ntp.measure_protection` found for the saved model.
 
         Args:
             commit_message: First line of the commit.
@@ -672,8 +718,7 @@ class NTPTrainer(Trainer):
             token: Default: ``hub_token``, or the one of `hf auth login`.
             revision: Branch; default ``hub_revision``, or the main one.
             private: Default ``hub_private_repo``, which is True unless set.
-            about: "source", "targets", "license" and "terms", as
-                :func:`hf_ntp.publishing.from_trainer.write_folder` takes them.
+            about: "source", "targets", "license", "terms" and "measured", as :func:`hf_ntp.write_folder` takes them.
 
         Returns:
             The commit (``huggingface_hub.CommitInfo``); None on all processes but the first.
@@ -742,6 +787,8 @@ class NTPTrainer(Trainer):
         """
         self._heed(self._terms.read())
         self._check_state()
+        if self.pruner.finished:
+            self._note_pruning()
         final = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         staging = final.parent / _STAGING
         if self.args.should_save:

@@ -31,7 +31,7 @@ IMAGE, CLASSES = datasets.Image(), ClassLabel(names=["a", "b"])
 @pytest.mark.parametrize(
     ("types", "expected"),
     [
-        ({"img": IMAGE, "kind": CLASSES, "label": Value("int64")}, ("img", "kind")),
+        ({"img": IMAGE, "kind": CLASSES, "id": Value("int64")}, ("img", "kind")),
         ({"img": IMAGE, "id": Value("int64"), "labels": Value("uint8")}, ("img", "labels")),
         ({"img": IMAGE, "coarse_label": CLASSES, "fine_label": CLASSES}, ("img", "fine_label")),
         ({"img": IMAGE, "target": Value("string")}, ("img", "target")),
@@ -54,10 +54,15 @@ def test_named_columns_win():
             {},
             r"columns x \(int64\), label \(ClassLabel\); needed one column",
         ),
-        ({"a": IMAGE, "b": IMAGE, "label": CLASSES}, {}, r"Pass image_column=, one of \['a', 'b'\]"),
+        ({"a": IMAGE, "b": IMAGE, "label": CLASSES}, {}, r"Keep one of \['a', 'b'\].* image_column="),
         ({"a": IMAGE, "label": CLASSES}, {"image_column": "pic"}, "'pic' to be a column of type Image"),
         ({"a": IMAGE, "label": Value("float32")}, {}, r"label \(float32\); needed a label column"),
-        ({"a": IMAGE, "score": Value("int64")}, {}, r"Pass label_column=, one of \['score'\]"),
+        ({"a": IMAGE, "score": Value("int64")}, {}, r"Call one of \['score'\] 'label'.* label_column="),
+        (
+            {"a": IMAGE, "label": Value("int64"), "quality": CLASSES},
+            {},
+            r"Call one of \['label', 'quality'\] 'label' and keep no other",
+        ),
         (
             {"a": IMAGE, "s": Value("float64")},
             {"label_column": "s"},
