@@ -54,6 +54,9 @@ def test_python_examples(blocks, tmp_path, monkeypatch):
     record = hf_ntp.verify_folder(tmp_path / "runs" / "mine" / "published").record
     assert record["source_accuracy"]["after"] == space["measured"].accuracy.after
     assert [domain["name"] for domain in record["unauthorized_domains"]] == ["optdigits"]
+    # By now "trainer" is that of the last example.
+    with pytest.raises(ValueError, match="the measurement is of another model"):
+        hf_ntp.write_folder(space["trainer"], tmp_path / "wrong", measured=space["measured"])
 
 
 def test_publish_commands(hub, tmp_path, monkeypatch):

@@ -364,6 +364,25 @@ def test_the_command_line_overrides_the_file(recipe, tmp_path):
     assert (ntp.sparsity, ntp.rho, arguments.sample_sizes) == (0.6, 0.5, [5, 7])
 
 
+def test_lists_in_the_file_are_read_as_on_the_command_line(recipe, tmp_path, capsys):
+    """YAML takes 1e-3 for text, and a single value for no list."""
+    config = tmp_path / "some.yaml"
+    lists = "attack_learning_rates: [1e-3, 3e-3]\nattacker_learning_rates: [1e-4, 1e-3]\nattack_seeds: 3\n"
+    config.write_text(f"output_dir: {tmp_path}\nreport_to: none\nsource_tolerance: []\n{lists}")
+    arguments, ntp = recipe.parse(["--config", str(config)])
+    assert (arguments.attack_learning_rates, arguments.attack_seeds) == ([1e-3, 3e-3], [3])
+    assert (ntp.attacker_learning_rates, ntp.source_tolerance) == ([1e-4, 1e-3], [])
+    for bad, message in {
+        "sample_sizes: [few]": "sample_sizes: \\['few'\\]",
+        "a: [": "cannot be read",
+        "- a": "holds a list; needed",
+    }.items():
+        config.write_text(bad)
+        with pytest.raises(SystemExit):
+            recipe.parse(["--config", str(config)])
+        assert re.search(message, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("epochs", [["--num_train_epochs", "3"], ["--num_train_epochs=3"], ["--num-train-epochs=3"]])
 def test_epochs_on_the_command_line_replace_the_files_steps(recipe, tmp_path, epochs):
     _, ntp = recipe.parse(["--output_dir", str(tmp_path), *epochs, "--report_to", "none"])

@@ -32,7 +32,7 @@ from hf_ntp.attacks.fine_tuning import predictor
 from hf_ntp.data import RandomShift
 from hf_ntp.evaluation.cache import FIT_VERSION
 from hf_ntp.evaluation.controls import prune_without_protection
-from hf_ntp.evaluation.runner import accuracy_of
+from hf_ntp.evaluation.runner import RETUNE_MARGIN, accuracy_of
 from hf_ntp.evaluation.suite import run_attacks
 from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
 from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
@@ -284,7 +284,7 @@ def settings_of(cell: Cell) -> str:
     method = {field.name: protection[field.name] for field in fields(ProtectionArguments)}
     protocol = asdict(hf_ntp.FineTuneProtocol(steps=shape.attack_steps))
     data = [pretrain_steps(cell.architecture, cell.source), OWNER_FRACTION, SAMPLE_SIZES, SEEDS, WITHOUT_TARGET]
-    attacks = [DECISIVE, PAPER_ATTACKS, FIT_VERSION, protocol]
+    attacks = [DECISIVE, PAPER_ATTACKS, FIT_VERSION, RETUNE_MARGIN, protocol]
     content = [hf_ntp.__version__, method, PRESETS["paper"], shape.protection_steps, data, attacks]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 

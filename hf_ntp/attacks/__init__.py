@@ -6,6 +6,7 @@ one line below.
 
 from __future__ import annotations
 
+from .as_published import AsPublished
 from .attack import Attack, FineTuneProtocol, Loot, Predict
 from .distillation import Distillation
 from .fine_tuning import FineTuning
@@ -15,6 +16,8 @@ from .shot import Shot
 from .source_tuning import SourceTuning, TransNTL
 
 ATTACKS: dict[str, Attack] = {
+    # nothing
+    "as_published": AsPublished(),
     # all weights
     "mask_kept": FineTuning(keep_mask=True),
     "dense": FineTuning(),
@@ -25,6 +28,7 @@ ATTACKS: dict[str, Attack] = {
     # informed
     "zeros_regrown": FineTuning(changes=("regrow_zeros",)),
     "statistics_kept": FineTuning(changes=("keep_statistics",)),
+    "all_kept": FineTuning(keep_head=True, changes=("keep_statistics",)),
     "norms_reset": FineTuning(changes=("reset_norms",)),
     "renormalized": FineTuning(changes=("renormalize", "reset_norms")),
     "shrink_perturb": FineTuning(changes=("shrink_and_perturb",)),
@@ -55,11 +59,13 @@ ATTACKS: dict[str, Attack] = {
 """Every attack by name."""
 
 DECISIVE = (
+    "as_published",
     "mask_kept",
     "dense",
     "dense_3x",
     "head_kept",
     "statistics_kept",
+    "all_kept",
     "stem_reinit",
     "first_block_reinit",
     "lora",

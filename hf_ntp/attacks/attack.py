@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data import PixelDataset
+from ..models import has_head
 
 Predict = Callable[[Tensor], Tensor]
 """Classes [N], int64, for pixel values [N, 3, H, W]."""
@@ -84,6 +85,15 @@ class Loot(NamedTuple):
 NO_HEAD = "the checkpoint has no head of its own"
 
 
+def head_mismatch(model: PreTrainedModel, num_labels: int) -> str | None:
+    """Say why a checkpoint's own head cannot name the target's classes, or None where it may."""
+    if not has_head(model):
+        return NO_HEAD
+    if model.config.num_labels != num_labels:
+        return f"the head has {model.config.num_labels} classes, the target {num_labels}"
+    return None
+
+
 class Attack(ABC):
     """One way to attack. Subclasses are frozen dataclasses: their fields are what a cached result depends on.
 
@@ -92,6 +102,8 @@ class Attack(ABC):
 
     needs_source: ClassVar[bool] = False
     """Whether :attr:`Loot.source` has to be there."""
+    uses_head: ClassVar[bool] = False
+    """Whether the checkpoint's own head names the target's classes, which then have to be its own."""
     combines: ClassVar[bool] = False
     """Whether :meth:`fit_together` is faster than one after another where an accelerator does the work."""
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, get_scheduler
 
-from ..models import find_head, has_batch_norm, has_head, noted_prunable_weights, replace_head
-from .attack import NO_HEAD, Attack, FineTuneProtocol, Loot, Predict
+from ..models import find_head, has_batch_norm, noted_prunable_weights, replace_head
+from .attack import Attack, FineTuneProtocol, Loot, Predict, head_mismatch
 from .changes import CHANGES
 from .ensemble import joint_cross_entropy
 
@@ -68,11 +68,12 @@ class FineTuning(Attack):
             return "the checkpoint has no zeros"
         if "keep_statistics" in self.changes and not has_batch_norm(model):
             return "the checkpoint has no BatchNorm"
-        if self.keep_head and not has_head(model):
-            return NO_HEAD
-        if self.keep_head and model.config.num_labels != num_labels:
-            return f"the head has {model.config.num_labels} classes, the target {num_labels}"
-        return None
+        return head_mismatch(model, num_labels) if self.keep_head else None
+
+    @property
+    def uses_head(self) -> bool:  # type: ignore[override]
+        """Whether the own head is kept."""
+        return self.keep_head
 
     def fit(self, model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, value: float, seed: int) -> Predict:
         """Fine-tune ``model`` in place at peak rate ``value``; see :class:`Attack`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..models import find_head, has_head
-from .attack import NO_HEAD, Attack, FineTuneProtocol, Loot, Predict
+from ..models import find_head
+from .attack import Attack, FineTuneProtocol, Loot, Predict, head_mismatch
 from .features import features_and_logits
 from .fine_tuning import batches_of, predictor, train
 
@@ -37,6 +38,7 @@ class Shot(Attack):
         ValueError: If the weight is negative or there are no images.
     """
 
+    uses_head: ClassVar[bool] = True
     pseudo_weight: float = 0.3
     images: int = 1000
 
@@ -47,11 +49,7 @@ class Shot(Attack):
 
     def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
         """Say so where the head cannot name the target's classes."""
-        if not has_head(model):
-            return NO_HEAD
-        if model.config.num_labels != num_labels:
-            return f"the frozen head has {model.config.num_labels} classes, the target {num_labels}"
-        return None
+        return head_mismatch(model, num_labels)
 
     def fit(self, model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, value: float, seed: int) -> Predict:
         """Adapt ``model`` in place at peak rate ``value``; see :class:`Attack`."""

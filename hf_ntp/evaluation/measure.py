@@ -109,8 +109,8 @@ def measure_transfer(
     curves = sample_wise_learning_curves(arms, sample_sizes=sample_sizes, protocol=protocol, **shared)
     if curves.diverged:
         raise FloatingPointError(
-            f"fits of {', '.join(curves.diverged)} diverged at every rate of {list(protocol.learning_rates)}, with "
-            "one seed or another; needed: an attacker who learns, or the model would look protected. Lower the "
+            f"fits of {', '.join(curves.diverged)} diverged at every rate of {list(protocol.learning_rates)} at "
+            "some size and seed; needed: an attacker who learns, or the model would look protected. Lower the "
             "learning rates."
         )
     return Transfer(curves, scratch_convergence(arms[0], curves, protocol, shared), protocol)
@@ -246,7 +246,7 @@ def scratch_convergence(
         shared: Other arguments of :func:`sample_wise_learning_curves`.
     """
     size = curves.sample_sizes[-1]
-    rate = curves.learning_rates["scratch"][-1]
+    rate = curves.learning_rates["scratch"][0][-1]
     longer = replace(protocol, steps=3 * protocol.steps, learning_rates=(rate,))
     control = sample_wise_learning_curves([scratch], sample_sizes=[size], protocol=longer, **shared)
     return ScratchConvergence(

@@ -33,7 +33,18 @@ logger = logging.getLogger(__name__)
 # Fits trained as one on an accelerator: no more than that many, and than have that many weights.
 _MOST_TOGETHER = 32
 _WEIGHTS_TOGETHER = 20_000_000
-NOT_ARCHITECTURE = ("id2label", "label2id", "_name_or_path", "transformers_version", "ntp", "quantization_config")
+RETUNE_MARGIN = 0.03
+"""Loss of validation accuracy, against the first seed, from which on another seed tunes for itself; about the standard
+error on a few hundred images."""
+NOT_ARCHITECTURE = (
+    "id2label",
+    "label2id",
+    "_name_or_path",
+    "transformers_version",
+    "ntp",
+    "problem_type",
+    "quantization_config",
+)
 """Keys of a checkpoint's config that say nothing of its architecture."""
 
 
@@ -93,16 +104,15 @@ class LearningCurves:
         sample_sizes: Labelled target samples, increasing.
         seeds: Attack seeds: subset, head, scratch initialisation and batch order.
         accuracies: Arm name to [seeds, sizes], fractions.
-        learning_rates: Arm name to the chosen rate (or other tuned value of the attack) per size.
+        learning_rates: Arm name to the chosen rates (or other tuned values of the attack), [seeds, sizes].
         fits: Number of fits the curves rest on.
-        diverged: Names of the arms that, at some size, diverged at every value with one seed or another: they measure
-            nothing.
+        diverged: Names of the arms that diverged at every value at some size and seed: they measure nothing.
     """
 
     sample_sizes: tuple[int, ...]
     seeds: tuple[int, ...]
     accuracies: dict[str, list[list[float]]]
-    learning_rates: dict[str, list[float]]
+    learning_rates: dict[str, list[list[float]]]
     fits: int
     diverged: tuple[str, ...] = ()
 
@@ -113,7 +123,15 @@ def check_seeds(seeds: Sequence[int]) -> None:
         raise ValueError(f"seeds are {list(seeds)}; needed: at least one, each of them once, such as 0 1 2.")
 
 
+class _Point(NamedTuple):
+    arm: Arm
+    size: int
+    seed: int
+
+
 class _Fit(NamedTuple):
+    """A point of a curve at one value of what is tuned."""
+
     arm: Arm
     size: int
     seed: int
@@ -135,10 +153,12 @@ def sample_wise_learning_curves(
 ) -> LearningCurves:
     """Attack every arm with nested subsets of the target and measure test accuracy.
 
-    One protocol and one grid for all starts of an attack. Per arm and size, the learning rate (or whatever the attack
-    tunes) is the one with the best validation accuracy on the first seed, the lower one on ties; the other seeds use
-    it, and if it diverges with one of them, all take the next best. A grid of rates whose highest is the best is
-    extended, by the same rule for all arms (see :class:`FineTuneProtocol`). Accuracies are those of the last step.
+    One protocol and one grid for all starts of an attack. Per arm, size and seed, the learning rate (or whatever the
+    attack tunes) is the one with the best validation accuracy, the lower one on ties. To save fits, the grid is tried
+    with the first seed, and with another one only if its validation accuracy at the first one's choice is lower by
+    more than :data:`RETUNE_MARGIN`: an attacker who is disappointed tries on. A grid of rates whose highest is the
+    best is extended, by the same rule for all arms (see :class:`FineTuneProtocol`). Accuracies are those of the last
+    step.
 
     Processes that call this with the same arguments and one ``cache_dir``, such as those that `accelerate launch`
     starts on one or several machines, share the fits out among them, and each returns the whole. They talk through
@@ -158,8 +178,8 @@ def sample_wise_learning_curves(
             accelerator, which small models leave mostly idle. Their results are those of single fits up to rounding.
 
     Raises:
-        ValueError: For sizes that are unsorted, repeated or larger than the set, for ``together`` below 1, and for
-            several launched processes without ``cache_dir``: each would do all fits.
+        ValueError: For sizes that are unsorted, repeated, below 2 or larger than the set, for ``together`` below 1,
+            and for several launched processes without ``cache_dir``: each would do all fits.
         RuntimeError: If a fit fails; says which.
     """
     protocol = protocol or FineTuneProtocol()
@@ -169,56 +189,63 @@ def sample_wise_learning_curves(
             f"{_launched('WORLD_SIZE', 1)} processes were launched and cache_dir is None; needed: a folder that all "
             "of them see, or each would do all fits. Pass cache_dir, or start one process."
         )
+    if sample_sizes and min(sample_sizes) < 2:
+        raise ValueError(
+            f"sample_sizes are {list(sample_sizes)}; needed: two images or more, or there is nothing to tell apart."
+        )
     subsets = {seed: nested_subsets(data.train.labels, sample_sizes, seed) for seed in seeds}
     arms = [replace(arm, checkpoint=local_folder(arm.checkpoint)) for arm in arms]
     run = _Sweep(subsets, data, protocol, ResultCache(cache_dir), jobs, together)
-    first, *others = seeds
     results: dict[_Fit, Accuracies] = {}
-    # Values tried so far, best first. Large fits first, so that no core is left with a long one at the end.
-    ranked: dict[tuple[Arm, int], list[float]] = {
-        (arm, size): [] for size in sorted(sample_sizes, reverse=True) for arm in arms
-    }
-    for extension in range(protocol.extensions + 1):
-        tried = {point: _next_values(point[0].attack, protocol, extension, known) for point, known in ranked.items()}
-        fits = [_Fit(*point, first, value) for point, values in tried.items() for value in values]
-        if not fits:
-            break
-        results |= run(fits, f"tuning, rates added {extension} times" if extension else "tuning")
-        for (arm, size), known in ranked.items():
-            known += tried[arm, size]
-            # Stable, also when reversed: a tie does not replace what was tried before.
-            known.sort(key=lambda value: _rank(results[_Fit(arm, size, first, value)].validation), reverse=True)
-    for (arm, size), known in ranked.items():
-        finite = [value for value in known if not math.isnan(results[_Fit(arm, size, first, value)].validation)]
-        ranked[arm, size] = finite or known[:1]
-    waiting = list(ranked)
-    while waiting:
-        fits = [_Fit(*point, seed, ranked[point][0]) for point in waiting for seed in others]
-        results |= run(fits, "other seeds")
-        lost = {(fit.arm, fit.size) for fit in fits if math.isnan(results[fit].validation)}
-        waiting = [point for point in waiting if point in lost and len(ranked[point]) > 1]
-        for point in waiting:
-            del ranked[point][0]
-    best = {point: known[0] for point, known in ranked.items()}
-    accuracies = {
-        arm.name: [[results[_Fit(arm, n, seed, best[arm, n])].test for n in sample_sizes] for seed in seeds]
-        for arm in arms
-    }
+    best: dict[_Point, float] = {}
+
+    def add(fits: list[_Fit], title: str) -> None:
+        if fits:
+            results.update(run(fits, title))
+
+    def tune(points: Sequence[_Point], title: str) -> None:
+        # Values tried so far, best first.
+        known = {point: [fit.value for fit in results if fit[:3] == point] for point in points}
+        for extension in range(protocol.extensions + 1):
+            tried = {point: _next_values(point.arm.attack, protocol, extension, known[point]) for point in points}
+            fits = [_Fit(*point, value) for point, values in tried.items() for value in values]
+            add(fits, f"{title}, rates added {extension} times" if extension else title)
+            for point, values in known.items():
+                values += tried[point]
+                # Stable, also when reversed: a tie does not replace what was tried before.
+                values.sort(key=lambda value: _rank(results[_Fit(*point, value)].validation), reverse=True)
+        best.update({point: values[0] for point, values in known.items()})
+
+    first, *others = seeds
+    # Large fits first, so that no core is left with a long one at the end.
+    points = [_Point(arm, size, first) for size in sorted(sample_sizes, reverse=True) for arm in arms]
+    tune(points, "tuning")
+    fits = [_Fit(*point._replace(seed=seed), best[point]) for point in points for seed in others]
+    add(fits, "other seeds")
+    best.update({_Point(*fit[:3]): fit.value for fit in fits})
+    again = []
+    for fit in fits:
+        wanted = results[fit._replace(seed=first)].validation - RETUNE_MARGIN
+        if not results[fit].validation >= wanted:  # also where it diverged
+            again.append(_Point(*fit[:3]))
+    tune(again, "tuning again")
+    chosen = {point: results[_Fit(*point, value)].test for point, value in best.items()}
+    accuracies = {arm.name: [[chosen[_Point(arm, n, seed)] for n in sample_sizes] for seed in seeds] for arm in arms}
     return LearningCurves(
         tuple(sample_sizes),
         tuple(seeds),
         accuracies,
-        {arm.name: [best[arm, n] for n in sample_sizes] for arm in arms},
+        {arm.name: [[best[_Point(arm, n, seed)] for n in sample_sizes] for seed in seeds] for arm in arms},
         len(results),
         tuple(name for name, rows in accuracies.items() if np.isnan(rows).any()),
     )
 
 
 def _next_values(attack: Attack, protocol: FineTuneProtocol, extension: int, known: Sequence[float]) -> list[float]:
-    """Values to try: the grid, and once the highest of the ``known``, best first, is the best, what is added next."""
+    """Values to try: first the grid, then what extends it while the highest of the ``known``, best first, is best."""
     grid = sorted(attack.grid(protocol.extended(extension)))
-    if not known:
-        return grid
+    if extension == 0:
+        return [value for value in grid if value not in known]
     return [value for value in grid if value > known[0]] if known[0] == max(known) else []
 
 

@@ -7,16 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from ..attacks import ATTACKS, Attack, FineTuneProtocol, FineTuning
+from ..models import class_names, has_head
 from .arms import Arm
 from .runner import NOT_ARCHITECTURE, AttackData, LearningCurves, load_start, sample_wise_learning_curves
 from .summary import retained_share, summarize
 
 _REFERENCE = "dense"
 DIVERGED = (
-    "the fit diverged at every value of its grid, with one seed or another: no measurement, and no sign of "
+    "the fit diverged at every value of its grid at some size and seed: no measurement, and no sign of "
     "protection. Lower the learning rates"
 )
 """Reason why an attack is listed as not run."""
@@ -60,12 +61,13 @@ def run_attacks(
 
     Returns:
         "sample_sizes", "seeds", "protocol", "scratch" (curve by number of steps, and by name of the attack where that
-        begins with authorized images), "starts" (start to attack to "accuracies" [seeds][sizes], "tuned" [sizes] and
-        areas in three units with intervals), "retained_transfer" (start to attack to share, null where the unprotected
-        model was worth less than 0.01), "worst_case" (start to "attack", the one with the largest area, its "slc_auc",
-        and "retained_transfer": that area over the largest one of the unprotected model, an attacker who tries
-        everything on both) and "not_run" (start to attack to reason). Where a tuned value is the first or last of its
-        grid with all extensions, "at_edge" of the attack counts the sizes.
+        begins with authorized images), "starts" (start to attack to "accuracies" [seeds][sizes], "tuned"
+        [seeds][sizes] and areas in three units with intervals), "retained_transfer" (start to attack to share, null
+        where the unprotected model was worth less than 0.01), "worst_case" (start to "attack", the one with the
+        largest area, its "slc_auc", and "retained_transfer": that area over the largest one of the unprotected model,
+        an attacker who tries everything on both) and "not_run" (start to attack to reason). Where a tuned value is the
+        first or last of its grid with all extensions, "at_edge" of the attack counts the points of the curve, all
+        seeds together.
 
     Raises:
         ValueError: For unknown attacks or starts that miss "protected".
@@ -126,10 +128,36 @@ def _unsuitable(arm: Arm, attacks: Sequence[str], data: AttackData) -> dict[str,
     without_source = [name for name in attacks if ATTACKS[name].needs_source and data.source is None]
     reasons = dict.fromkeys(without_source, "no authorized data was given")
     model = load_start(arm, seed=0)
+    of_the_head, of_the_source = _other_classes(model, data), _too_many_classes(model, data)
     for name in attacks:
-        if reason := ATTACKS[name].unsuitable(model, data.num_labels):
+        attack = ATTACKS[name]
+        reason = (
+            attack.unsuitable(model, data.num_labels)
+            or (of_the_head if attack.uses_head else None)
+            or (of_the_source if attack.needs_source else None)
+        )
+        if reason:
             reasons[name] = reason
     return reasons
+
+
+def _other_classes(model: PreTrainedModel, data: AttackData) -> str | None:
+    """Say so where the target has other classes than the head, or the same in another order."""
+    names, wanted = class_names(model), data.train.class_names
+    if not names or not wanted or list(names) == list(wanted):
+        return None
+    found = f"the head's classes are {', '.join(names[:6])}, the target's {', '.join(wanted[:6])}"
+    if sorted(names) == sorted(wanted):
+        found += ": align_labels_with_mapping(model.config.label2id, 'label') brings them into the head's order"
+    return found
+
+
+def _too_many_classes(model: PreTrainedModel, data: AttackData) -> str | None:
+    if data.source is None or not has_head(model) or data.source.labels.max() < model.config.num_labels:
+        return None
+    return (
+        f"authorized images have labels up to {data.source.labels.max()}, the head {model.config.num_labels} classes"
+    )
 
 
 def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTuneProtocol) -> dict[str, Any]:
@@ -144,7 +172,7 @@ def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTunePr
         reference = curves.accuracies[f"scratch/{_baseline_key(arm, protocol)}"]
         pair = LearningCurves(curves.sample_sizes, curves.seeds, {"scratch": reference, "it": accuracies}, {}, 0)
         grid = arm.attack.grid(protocol.extended(protocol.extensions))
-        edge = sum(value in (min(grid), max(grid)) for value in tuned) if len(grid) > 2 else 0
+        edge = sum(value in (min(grid), max(grid)) for row in tuned for value in row) if len(grid) > 2 else 0
         starts.setdefault(start, {})[name] = {
             "accuracies": accuracies,
             "tuned": tuned,

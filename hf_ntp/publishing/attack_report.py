@@ -14,8 +14,8 @@ _BROKEN, _HELD, _UNPROTECTED = "#d1495b", "#00798c", "#9a9a9a"
 def attacks_table(results: Mapping[str, Any]) -> str:
     """Markdown table of every attack: what the checkpoint was worth before and after protection.
 
-    Under "at edge" is for how many of the sizes the protected model's attacker chose the first or last value of the
-    grid, extensions included: one that goes further might get more. Controls have no worst case where they went
+    Under "at edge" is for how many points of its curves the protected model's attacker chose the first or last value of
+    the grid, extensions included: one that goes further might get more. Controls have no worst case where they went
     through fewer attacks.
 
     Args:
@@ -23,6 +23,7 @@ def attacks_table(results: Mapping[str, Any]) -> str:
     """
     protected, unprotected = results["starts"]["protected"], results["starts"].get("unprotected", {})
     controls = [start for start in results["starts"] if start not in ("protected", "unprotected")]
+    points = len(results["sample_sizes"]) * len(results["seeds"])
     head = ["attack", "unprotected", "protected", "95 % interval", "retained", "at edge", *controls]
     rows = [head, ["---", *("---:" for _ in head[1:])]]
     for name in sorted(protected, key=lambda name: -protected[name]["normalized"]):
@@ -34,7 +35,9 @@ def attacks_table(results: Mapping[str, Any]) -> str:
                 _area(protected[name]),
                 f"[{low:+.3f}, {high:+.3f}]" if low is not None else "",
                 _percent(results["retained_transfer"]["protected"][name]),
-                f"{edge} of {len(results['sample_sizes'])}" if (edge := protected[name]["at_edge"]) else "",
+                f"{edge} of {len(results['sample_sizes']) * len(results['seeds'])}"
+                if (edge := protected[name]["at_edge"])
+                else "",
                 *(_area(results["starts"][start].get(name)) for start in controls),
             ]
         )

@@ -19,6 +19,7 @@ ARM_LABELS = {
     "protected_dense": "protected, all weights tuned",
 }
 _ATTACK_LABELS = {
+    "as_published": "used as published, without training",
     "mask_kept": "mask kept",
     "dense": "all weights tuned",
     "dense_3x": "all weights tuned, three times as long",
@@ -27,6 +28,7 @@ _ATTACK_LABELS = {
     "bias_only": "biases tuned only",
     "zeros_regrown": "zeros drawn anew, all weights tuned",
     "statistics_kept": "all weights tuned, BatchNorm statistics kept",
+    "all_kept": "all weights tuned, from the model's own head and BatchNorm statistics",
     "norms_reset": "norm layers reset, all weights tuned",
     "renormalized": "kernels renormalized, all weights tuned",
     "shrink_perturb": "shrunk and perturbed, all weights tuned",

@@ -324,6 +324,11 @@ class NTPTrainer(Trainer):
                 f"gradient_checkpointing is on and {type(network).__name__} has BatchNorm, whose statistics would see "
                 "the images a second time, those of the target among them; needed: False."
             )
+        if args.torch_compile:
+            raise ValueError(
+                f"torch_compile is on and {type(network).__name__} has BatchNorm, whose statistics are those of each "
+                "domain: every step would be compiled anew; needed: False."
+            )
         last = 0 if args.dataloader_drop_last or args.world_size > 1 else rows % args.train_batch_size
         if 1 in (args.per_device_train_batch_size, last):
             raise ValueError(

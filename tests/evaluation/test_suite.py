@@ -1,20 +1,22 @@
 import json
 from dataclasses import replace
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
-from hf_ntp import FineTuneProtocol
+from hf_ntp import AttackData, FineTuneProtocol, compress_folder
 from hf_ntp.attacks import FineTuning
 from hf_ntp.evaluation import runner
 from hf_ntp.evaluation import suite as suite_module
 from hf_ntp.evaluation.controls import prune_without_protection
-from hf_ntp.evaluation.measure import measure_transfer
+from hf_ntp.evaluation.measure import measure_source, measure_transfer
 from hf_ntp.evaluation.suite import run_attacks
 from hf_ntp.models import prunable_weights
 
 from ..conftest import tiny_resnet
+from .conftest import pixels
 
 QUICK = FineTuneProtocol(steps=5, batch_size=8, learning_rates=(1e-3, 1e-2), warmup_steps=1)
 
@@ -75,6 +77,53 @@ def test_what_authorized_images_are_worth_to_anybody_is_not_the_checkpoints(chec
     assert results["retained_transfer"]["protected"] == pytest.approx(
         dict.fromkeys(["dense", "transntl", "source_all_new"], 0.05 / 0.3)
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [("012", None), ("210", "align_labels_with_mapping"), ("x12", "classes are x, 1, 2, the target's")],
+)
+def test_the_heads_classes_have_to_be_the_targets(checkpoints, attack, names, reason):
+    """Also in their order: a target in another one looked like protection to whoever keeps the head."""
+    for folder in checkpoints:
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        model.config.id2label = dict(enumerate(names))
+        model.save_pretrained(folder)
+    keep_the_head = {"as_published", "head_kept", "shot"}
+    not_run = suite(checkpoints, attack, ["dense", *keep_the_head], seeds=[0])["not_run"]["protected"]
+    assert not_run.keys() == (keep_the_head if reason else set())
+    assert all(reason in found for found in not_run.values())
+
+
+def test_authorized_images_of_more_classes_than_the_head_has(checkpoints, attack):
+    """On a GPU, such a label breaks the device for all later fits."""
+    through_the_source = ["source_all_new", "transntl"]
+    data = replace(attack, source=pixels(12, 3, classes=4))
+    not_run = suite(checkpoints, data, ["dense", *through_the_source], seeds=[0])["not_run"]["protected"]
+    assert not_run == dict.fromkeys(through_the_source, "authorized images have labels up to 3, the head 3 classes")
+
+
+def test_a_model_that_was_evaluated_by_trainer_is_of_the_same_architecture(checkpoints, attack):
+    """Trainer's loss notes problem_type in the config."""
+    model = AutoModelForImageClassification.from_pretrained(checkpoints[1])
+    model.config.problem_type = "single_label_classification"
+    model.save_pretrained(checkpoints[1])
+    assert suite(checkpoints, attack, ["dense"], seeds=[0])["not_run"]["protected"] == {}
+
+
+def test_a_compressed_model_is_attacked_beside_the_original(checkpoints, attack, tmp_path):
+    unprotected, protected = checkpoints
+    compress_folder(protected, tmp_path / "small")
+    dense = suite(checkpoints, attack, ["mask_kept"])
+    assert suite((unprotected, str(tmp_path / "small")), attack, ["mask_kept"])["starts"] == dense["starts"]
+
+
+def test_images_that_are_not_prepared(attack):
+    data = datasets.Dataset.from_dict({"label": [0, 1]})
+    with pytest.raises(TypeError, match="test is Dataset; needed: a PixelDataset"):
+        AttackData(attack.train, attack.validation, data)
+    with pytest.raises(TypeError, match="the authorized test split is Dataset"):
+        measure_source("a", "b", data)
 
 
 def test_every_attack_runs_on_real_data(checkpoints, attack, tmp_path):
@@ -138,7 +187,7 @@ def test_an_attack_that_diverges_is_no_measurement(checkpoints, attack, monkeypa
     monkeypatch.setitem(suite_module.ATTACKS, "always", Broken(longer=3))
     for _ in range(2):
         results = suite(checkpoints, attack, ["dense", "at_times", "always"], cache_dir=tmp_path / "fits")
-        assert results["starts"]["protected"]["at_times"]["tuned"] == [1e-3, 1e-3]
+        assert results["starts"]["protected"]["at_times"]["tuned"] == [[1e-3, 1e-3]] * 2
         for start in ("protected", "unprotected"):
             assert set(results["starts"][start]) == {"dense", "at_times"}
             assert results["not_run"][start]["always"].startswith("the fit diverged at every value")

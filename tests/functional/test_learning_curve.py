@@ -79,6 +79,12 @@ def test_interval_by_hand():
     assert (interval.low, interval.high) == pytest.approx((low, high))
 
 
+@pytest.mark.parametrize("level", [0, 1, 95])
+def test_levels_of_confidence(level):
+    with pytest.raises(ValueError, match=f"confidence is {level}; needed: a number between 0 and 1"):
+        confidence_interval([1.0, 2.0], level)
+
+
 def test_one_seed_has_no_interval():
     interval = confidence_interval(torch.tensor([0.3]))
     assert math.isnan(interval.low)

@@ -27,6 +27,7 @@ from hf_ntp import NTPConfig
         ("prune_pattern", "5:4", "0 < N <= M"),
         ("prune_pattern", "1:4", "leaves 0.75 zeros but sparsity is 0.5"),
         ("load_best_model_at_end", True, "load_best_model_at_end is True"),
+        ("bf16_full_eval", True, "casts the weights"),
         ("save_only_model", True, "save_only_model is True"),
         ("auto_find_batch_size", True, "auto_find_batch_size is True"),
         ("push_to_hub", True, "needed: 'end'"),

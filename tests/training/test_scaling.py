@@ -62,6 +62,12 @@ def test_no_image_is_read_that_nothing_looks_at(tmp_path):
     assert images_read(attackers=1, attacker_weight=0.0) == 0
 
 
+def test_torch_compile_with_batch_norm_is_refused(tmp_path):
+    """Statistics of each domain would compile every step anew."""
+    with pytest.raises(ValueError, match="torch_compile is on and ResNetForImageClassification has BatchNorm"):
+        trainer(tmp_path, tiny_resnet(), torch_compile=True)
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_torch_compile_changes_nothing(tmp_path, backend):
     plain, log = trained(tmp_path / "plain", max_steps=2)

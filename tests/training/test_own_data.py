@@ -1,0 +1,142 @@
+"""Data and options as users bring them."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import TrainerCallback, TrainingArguments, ViTForImageClassification, ViTImageProcessorPil
+
+from hf_ntp import NTPTrainer, PixelDataset
+from hf_ntp.data import MOST_CLASSES
+from hf_ntp.models import noted_prunable_weights, prunable_weights, zero_fraction
+
+from ..conftest import Rows, tiny_vit
+from .test_trainer import NO_TARGET, trainer
+
+PROCESSOR = ViTImageProcessorPil(size={"height": 8, "width": 8})
+
+
+def images(labels, **columns):
+    """Labels are plain integers, without names."""
+    pictures = [Image.fromarray(np.full((8, 8, 3), 60 * label % 256, np.uint8)) for label in labels]
+    features = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    features |= dict.fromkeys(columns, datasets.ClassLabel(names=["bad", "good"]))
+    return datasets.Dataset.from_dict(
+        {"image": pictures, "label": labels, **columns}, features=datasets.Features(features)
+    )
+
+
+def with_images(folder, source, evaluation=None, model=None):
+    config = trainer(folder, max_steps=2, **NO_TARGET).args
+    return NTPTrainer(model or tiny_vit(4), config, source, images([0, 1] * 6), evaluation, processing_class=PROCESSOR)
+
+
+def test_a_part_may_lack_classes(tmp_path):
+    """Numbers stay what they are: encoding them anew would make another class of 3."""
+    ours = with_images(tmp_path, images([0, 1, 3] * 4), images([1, 3] * 3))
+    assert ours._guard.held_out.labels.tolist() == [1, 3] * 3
+    assert ours.train_dataset.source.labels.max() == 3
+    with pytest.raises(ValueError, match=r"label 4 .*from 0 to 3.*all parts and splits alike"):
+        with_images(tmp_path, images([0, 4] * 4))
+    for bad in (-1, MOST_CLASSES):
+        with pytest.raises(ValueError, match=f"row 1 has label {bad}"):
+            PixelDataset.from_dataset(images([0, bad]), PROCESSOR)
+
+
+def test_a_column_of_classes_beside_the_label_is_not_taken_for_it(tmp_path):
+    with pytest.raises(ValueError, match=r"one of \['label', 'quality'\] 'label' and keep no other"):
+        with_images(tmp_path, images([0, 1, 2, 3] * 3, quality=[0, 1] * 6))
+
+
+def test_evaluation_and_prediction_take_images(tmp_path):
+    held_out = images([0, 1, 2, 3] * 2)
+    ours = with_images(tmp_path, images([0, 1, 2, 3] * 3), held_out)
+    expected = ours.evaluate()["eval_accuracy"]
+    assert ours.evaluate(held_out)["eval_accuracy"] == expected
+    assert ours.evaluate({"a": held_out})["eval_a_accuracy"] == expected
+    assert ours.predict(held_out).predictions.shape == (8, 4)
+
+
+@pytest.mark.parametrize("name", ["labels", "label"])
+def test_a_dataset_of_pixel_values(tmp_path, name):
+    """The same weights as from a map-style dataset with these rows."""
+    source = Rows()
+    columns = {"pixel_values": [image.tolist() for image in source.images], name: source.labels.tolist()}
+    data = datasets.Dataset.from_dict({**columns, "file": ["a"] * len(source)})
+    first, second = trainer(tmp_path / "a", max_steps=3), trainer(tmp_path / "b", source=data, max_steps=3)
+    for ours in (first, second):
+        ours.train()
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+
+
+def test_rows_that_are_no_dicts(tmp_path):
+    with pytest.raises(ValueError, match="rows are of type tuple; needed: 'pixel_values' and 'labels'"):
+        trainer(tmp_path, source=[(image, 0) for image in Rows().images])
+
+
+def test_arguments_of_another_trainer(tmp_path):
+    with pytest.raises(TypeError, match="args is TrainingArguments; needed: NTPConfig"):
+        NTPTrainer(tiny_vit(), TrainingArguments(str(tmp_path), report_to="none"), Rows(), Rows())
+
+
+def test_several_evaluation_sets_of_an_authorized_domain_without_a_name(tmp_path, caplog):
+    evaluation = {"a": Rows(size=9), "b": Rows(size=9, seed=2)}
+    trainer(tmp_path, evaluation=evaluation)
+    assert "and train_dataset as a dict with that name, such as {'a': ...}" in caplog.text
+    assert trainer(tmp_path, source={"a": Rows()}, evaluation=evaluation)._guard.held_out is not None
+
+
+def test_frozen_layers_are_said(tmp_path, caplog):
+    trainer(tmp_path)
+    assert "frozen" not in caplog.text
+    model = tiny_vit()
+    model.vit.layers[0].requires_grad_(False)
+    trainer(tmp_path, model)
+    assert "6 layers are frozen (vit.layers.0" in caplog.text
+
+
+class Keeper(TrainerCallback):
+    """Saves the model when training ends, as users' callbacks do."""
+
+    def __init__(self, folder, stop_at=None):
+        self.folder, self.stop_at = folder, stop_at
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.stop_at
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        model.save_pretrained(self.folder)
+
+
+@pytest.mark.parametrize("stop_at", [None, 3])
+def test_what_a_callback_saves_at_the_end_is_protected(tmp_path, stop_at):
+    ours = trainer(tmp_path / "run", callbacks=[Keeper(tmp_path / "kept", stop_at)])
+    ours.train()
+    kept = ViTForImageClassification.from_pretrained(tmp_path / "kept")
+    assert zero_fraction(list(prunable_weights(kept).values())) == pytest.approx(0.6, abs=0.01)
+    assert kept.config.ntp == ours.model.config.ntp
+
+
+def test_the_last_checkpoint_notes_what_was_pruned(tmp_path):
+    ours = trainer(tmp_path, save_strategy="steps", save_steps=6, prune_exclude=["mlp"])
+    ours.train()
+    saved = [ViTForImageClassification.from_pretrained(tmp_path / f"checkpoint-{step}") for step in (6, 12)]
+    assert not hasattr(saved[0].config, "ntp")  # still dense
+    assert saved[1].config.ntp == ours.model.config.ntp
+    assert noted_prunable_weights(saved[1]).keys() == ours.prunable.keys()
+
+
+@pytest.mark.parametrize("logging", [{"logging_steps": 500}, {"logging_strategy": "no"}])
+def test_a_short_run_logs_its_terms_at_the_end(tmp_path, logging, caplog):
+    """Fewer steps than between two logs: what README tells to read is there, and the warning that rests on it."""
+    ours = trainer(tmp_path, source_tolerance=[1e-9, 1e-9], learning_rate=0.3, **{"logging_steps": 500} | logging)
+    ours.train()
+    rows = [row for row in ours.state.log_history if "loss" in row]
+    if "logging_strategy" in logging:
+        assert rows == []
+    else:
+        (row,) = rows
+        assert {"target_strength", "collapse_loss", "sparsity"} <= row.keys()
+        assert row["step"] == 12
+        assert ("Everything aimed at the target had" in caplog.text) == (row["target_strength"] < 0.1)
