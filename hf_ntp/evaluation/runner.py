@@ -36,15 +36,7 @@ _WEIGHTS_TOGETHER = 20_000_000
 RETUNE_MARGIN = 0.03
 """Loss of validation accuracy, against the first seed, from which on another seed tunes for itself; about the standard
 error on a few hundred images."""
-NOT_ARCHITECTURE = (
-    "id2label",
-    "label2id",
-    "_name_or_path",
-    "transformers_version",
-    "ntp",
-    "problem_type",
-    "quantization_config",
-)
+NOT_ARCHITECTURE = ("id2label", "label2id", "_name_or_path", "transformers_version", "ntp")
 """Keys of a checkpoint's config that say nothing of its architecture."""
 
 

@@ -208,7 +208,8 @@ def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTunePr
 
 def check_same_architecture(starts: Mapping[str, str]) -> None:
     """Raise ``ValueError`` unless all checkpoints are of one model type with equal sizes."""
-    ignored = (*NOT_ARCHITECTURE, "dtype", "architectures")
+    # Trainer notes problem_type when it computes a loss; weights that are stored without zeros are the same weights.
+    ignored = (*NOT_ARCHITECTURE, "dtype", "architectures", "problem_type", "quantization_config")
     shapes = {}
     for start, path in starts.items():
         config = AutoConfig.from_pretrained(path).to_dict()

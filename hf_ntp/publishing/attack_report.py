@@ -14,9 +14,9 @@ _BROKEN, _HELD, _UNPROTECTED = "#d1495b", "#00798c", "#9a9a9a"
 def attacks_table(results: Mapping[str, Any]) -> str:
     """Markdown table of every attack: what the checkpoint was worth before and after protection.
 
-    Under "at edge" is for how many points of its curves the protected model's attacker chose the first or last value of
-    the grid, extensions included: one that goes further might get more. Controls have no worst case where they went
-    through fewer attacks.
+    Under "at edge" is for how many points of its curves the protected model's attacker chose the first or last value
+    of the grid, extensions included: one that goes further might get more. Controls have no worst case where they
+    went through fewer attacks.
 
     Args:
         results: What :func:`hf_ntp.evaluation.suite.run_attacks` returns.
@@ -35,9 +35,7 @@ def attacks_table(results: Mapping[str, Any]) -> str:
                 _area(protected[name]),
                 f"[{low:+.3f}, {high:+.3f}]" if low is not None else "",
                 _percent(results["retained_transfer"]["protected"][name]),
-                f"{edge} of {len(results['sample_sizes']) * len(results['seeds'])}"
-                if (edge := protected[name]["at_edge"])
-                else "",
+                f"{edge} of {points}" if (edge := protected[name]["at_edge"]) else "",
                 *(_area(results["starts"][start].get(name)) for start in controls),
             ]
         )

@@ -31,7 +31,7 @@ def make_curves():
             "protected_mask": [[0.1, 0.5], [0.2, 0.5]],
             "protected_dense": [[0.25, 0.65], [0.25, 0.65]],
         },
-        learning_rates={"scratch": [1e-3, 3e-3]},
+        learning_rates={"scratch": [[1e-3, 3e-3]] * 2},
         fits=32,
     )
 
@@ -77,7 +77,7 @@ def area(value, spread=0.1):
 def make_attacks():
     """Two attacks, one of which does not apply to the unprotected model."""
     entries = {"dense": area(0.05), "lora": area(-0.2)}
-    tuned = {name: {"accuracies": [[0.3, 0.6]] * 2, "tuned": [1e-3, 1e-3], "at_edge": 0} for name in entries}
+    tuned = {name: {"accuracies": [[0.3, 0.6]] * 2, "tuned": [[1e-3, 1e-3]] * 2, "at_edge": 0} for name in entries}
     return {
         "checkpoint": "runs/protected",
         "target": "org/scans",

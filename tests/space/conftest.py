@@ -57,7 +57,7 @@ def write_protected(folder):
             "protected_mask": [[0.1, 0.5], [0.2, 0.5]],
             "protected_dense": [[0.25, 0.65], [0.25, 0.65]],
         },
-        learning_rates={"scratch": [1e-3, 3e-3]},
+        learning_rates={"scratch": [[1e-3, 3e-3]] * 2},
         fits=16,
     )
     sparsity = SparsityReport(0.5, 0.5, 98304, 0.5, 1.0, layers)
