@@ -90,7 +90,11 @@ class RecipeArguments:
     attack_steps: int = field(default=600, metadata={"help": "Optimizer steps of every fit."})
     attack_batch_size: int = field(default=32, metadata={"help": "Images per step of every fit."})
     attack_learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Rates the attacker chooses from."}
+        default_factory=lambda: [3e-4, 1e-3, 3e-3],
+        metadata={
+            "help": "Rates the attacker chooses from. Large pretrained models are usually fine-tuned at 1e-5 to 1e-4: "
+            "begin there with yours, or it looks worthless to the attacker, protected or not."
+        },
     )
     attack_extensions: int = field(
         default=2,

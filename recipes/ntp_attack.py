@@ -62,6 +62,13 @@ class AttackArguments:
         default=False,
         metadata={"help": "Attack magnitude-pruned and randomly pruned (not repaired) copies of --unprotected too."},
     )
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "Another control: a model pruned and trained as long as the protected one, without what is aimed "
+            "at the target (attackers, target_weight, fisher_weight and collapse_weight of 0)."
+        },
+    )
     sample_sizes: list[int] = field(
         default_factory=lambda: [10, 30, 100], metadata={"help": "Labelled target images of the learning curves."}
     )
@@ -69,11 +76,19 @@ class AttackArguments:
     steps: int = field(default=600, metadata={"help": "Optimizer steps of a fit."})
     batch_size: int = field(default=32, metadata={"help": "Images per step of a fit."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "Rates the attacker chooses from."}
+        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2],
+        metadata={
+            "help": "Rates the attacker chooses from. Large pretrained models are usually fine-tuned at 1e-5 to 1e-4: "
+            "begin there with yours, or both models look worthless to the attacker."
+        },
     )
     extensions: int = field(
         default=2,
         metadata={"help": "How many higher rates are tried, while the highest of three or more is the best."},
+    )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of finished fits, which runs with other attacks may share; default: in OUTPUT_DIR."},
     )
     jobs: int | None = field(
         default=None,
@@ -139,13 +154,16 @@ def main(argv: list[str]) -> dict[str, Any]:
     starts = {"protected": arguments.checkpoint}
     if arguments.unprotected is not None:
         starts["unprotected"] = arguments.unprotected
+    if arguments.reference is not None:
+        starts["reference"] = arguments.reference
     # What lies under a name may be another thing tomorrow, and the controls would not be its any more.
     found = {
         "weights_of_starts": {start: weight_digests(local_folder(name)) for start, name in starts.items()},
         "data": [part.fingerprint for part in (train, validation, test, source) if part is not None],
     }
     run = claim_run_folder(
-        arguments.output_dir, {key: value for key, value in vars(arguments).items() if key != "jobs"} | found
+        arguments.output_dir,
+        {key: value for key, value in vars(arguments).items() if key not in ("jobs", "cache_dir")} | found,
     )
     if arguments.controls and arguments.unprotected is not None:
         for kind in ("magnitude", "random"):
@@ -153,8 +171,9 @@ def main(argv: list[str]) -> dict[str, Any]:
             control = partial(prune_without_protection, arguments.unprotected, folder, arguments.checkpoint, kind)
             Claims(run).make_once(folder, control)
             starts[folder.name] = str(folder)
+    fits = arguments.cache_dir or run / "fits"
     results = run_attacks(
-        starts, data, attacks, arguments.sample_sizes, arguments.seeds, protocol, run / "fits", arguments.jobs
+        starts, data, attacks, arguments.sample_sizes, arguments.seeds, protocol, fits, arguments.jobs
     )
     reference = hf_ntp.DomainReference.of(arguments.target_dataset, parts)
     results = {

@@ -436,6 +436,19 @@ def test_attacking_the_result(finished, tmp_path):
     assert "| **worst case** |" in again.stdout
 
 
+def test_runs_with_other_attacks_share_fits(finished, tmp_path):
+    run, shared = finished[0], tmp_path / "shared"
+    more = ["--unprotected", str(run / "unprotected"), "--reference", str(run / "unprotected")]
+    for name, options in {"a": ["linear_probe"], "b": ["linear_probe", "knn", *more]}.items():
+        done = attack(run, tmp_path / name, "--cache_dir", str(shared), "--attacks", *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+    few, many = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ab")
+    assert set(many["starts"]) == {"protected", "unprotected", "reference"}
+    assert many["starts"]["protected"]["linear_probe"] == few["starts"]["protected"]["linear_probe"]
+    assert len(list(shared.iterdir())) < few["fits"] + many["fits"]
+    assert not (tmp_path / "b" / "fits").exists()
+
+
 def test_an_attack_on_other_weights_under_the_same_name_is_refused(finished, tmp_path):
     """Its controls would have another sparsity."""
     shutil.copytree(finished[0] / "protected", tmp_path / "protected")

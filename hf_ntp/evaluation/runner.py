@@ -336,8 +336,7 @@ class _Sweep:
             return 1
         if self.together is not None or not torch.accelerator.is_available():
             return self.together or 1
-        weights = sum(file.stat().st_size for file in Path(arm.checkpoint).glob("*.safetensors")) // 4
-        return max(1, min(_MOST_TOGETHER, _WEIGHTS_TOGETHER // max(weights, 1)))
+        return max(1, min(_MOST_TOGETHER, _WEIGHTS_TOGETHER // self.describe.weights(arm)))
 
     def _run(self, fits: Iterator[list[_Fit]]) -> Iterator[dict[_Fit, Accuracies]]:
         work = (
@@ -466,6 +465,12 @@ class _Describer:
             config = {key: value for key, value in self._config(arm).items() if key not in NOT_ARCHITECTURE}
             self._architectures[arm.checkpoint] = content_key(config)
         return self._architectures[arm.checkpoint]
+
+    def weights(self, arm: Arm) -> int:
+        """Number of weights of an arm's architecture, however they are stored."""
+        with torch.device("meta"):
+            model = load_model(arm.checkpoint, random_init=True)
+        return sum(parameter.numel() for parameter in model.parameters())
 
     def has_dropout(self, arm: Arm) -> bool:
         """Whether the config of an arm's checkpoint has any kind of dropout switched on."""

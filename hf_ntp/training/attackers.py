@@ -214,6 +214,10 @@ class AttackerPool:
                 continue
             slot, attacker, result = attack
             loss, gradients = result()
+            # One that diverges stands still until its life ends: nothing of it reaches encoder, log or checkpoint.
+            for gradient in gradients:
+                gradient.nan_to_num_(0.0, 0.0, 0.0)
+            loss = torch.where(loss.isfinite(), loss, self.chance[self.domain(slot)])
             # A newborn one only fits its head, unless it has kept the model's.
             if attacker.age >= self.options.attacker_patience or attacker.plan.keeps_head:
                 # A factor instead of a branch: no wait for the device.

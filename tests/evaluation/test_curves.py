@@ -25,7 +25,7 @@ from hf_ntp.evaluation.runner import LearningCurves, accuracy_of, load_start
 from hf_ntp.evaluation.summary import retained, retained_share
 from hf_ntp.models import prunable_weights
 
-from ..conftest import tiny_vit
+from ..conftest import tiny_resnet, tiny_vit
 from .conftest import pixels
 
 QUICK = FineTuneProtocol(steps=12, batch_size=8, learning_rates=(1e-3, 1e-2), warmup_steps=2)
@@ -172,6 +172,14 @@ def test_the_attackers_images_reach_attacks_that_need_no_labels(attack, checkpoi
     sample_wise_learning_curves([arm], attack, [6], [0], QUICK, jobs=1)
     assert pools
     assert all(pool is attack.train for pool in pools)
+
+
+@pytest.mark.parametrize("make", [tiny_vit, tiny_resnet])
+def test_weights_are_counted_however_they_are_stored(attack, tmp_path, make):
+    """By them, an accelerator is given so many models at a time."""
+    make().half().save_pretrained(tmp_path)
+    described = runner._Describer(attack, QUICK)
+    assert described.weights(Arm("a", str(tmp_path))) == sum(p.numel() for p in make().parameters())
 
 
 def test_extended_grids():

@@ -108,6 +108,26 @@ def test_an_attacker_learns_and_leaves_the_model_alone(make, sgd):
     assert any(push.abs().sum() > 0 for push in pool.push)
 
 
+@pytest.mark.parametrize("sgd", [0.0, 1.0])
+def test_an_attacker_that_diverges_harms_nobody(monkeypatch, sgd):
+    """Its loss counts as chance, and the encoder moves as if it were not there."""
+    monkeypatch.setattr(attackers, "_MARGIN", -10.0)  # everybody is denied
+    options = {"attackers": 2, "attacker_horizon": [9, 9], "attacker_patience": 0, "attacker_informed": 0.0}
+    pools = [pool_of(tiny_vit(), **options, attacker_sgd=sgd) for _ in range(2)]
+    for pool in pools:
+        pool.step(batch(), no_masks)
+    alone, broken = pools
+    # With nothing but zeros to classify by, an attacker passes no gradient on to the encoder.
+    for tensor in alone.attackers[1].head.values():
+        tensor.zero_()
+    next(iter(broken.attackers[1].offsets.values())).fill_(1e38)
+    steps = [pool.step(batch(), no_masks) for pool in pools]
+    assert float(steps[1][1].loss) == pytest.approx(math.log(3))
+    assert steps[1][0].loss == steps[0][0].loss
+    assert all(torch.equal(a, b) for a, b in zip(alone.push, broken.push, strict=True))
+    assert all(tensor.isfinite().all() for tensor in broken.tensors().values())
+
+
 def test_attackers_who_would_never_have_enough_images():
     """Two attackers share three images out as two and one, of which BatchNorm has nothing to average."""
     pool = pool_of(tiny_resnet(), attackers=2)
