@@ -54,7 +54,7 @@ def test_python_examples(blocks, tmp_path, monkeypatch):
     record = hf_ntp.verify_folder(tmp_path / "runs" / "mine" / "published").record
     assert record["source_accuracy"]["after"] == space["measured"].accuracy.after
     assert [domain["name"] for domain in record["unauthorized_domains"]] == ["optdigits"]
-    # By now "trainer" is that of the last example.
+    space["trainer"].model.classifier.bias.data.add_(1)
     with pytest.raises(ValueError, match="the measurement is of another model"):
         hf_ntp.write_folder(space["trainer"], tmp_path / "wrong", measured=space["measured"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ..models import (
     noted_prunable_weights,
     zero_fraction,
 )
+from ..run_folder import weight_digests
 from ..training.domains import classifies
 from .arms import Arm, standard_arms
 from .runner import AttackData, LearningCurves, accuracy_of, sample_wise_learning_curves
@@ -80,6 +81,8 @@ class Measurement:
     protocol: FineTuneProtocol
     utility: SourceUtility | None = None
     """Probes on the features of a model without a head."""
+    weights: Mapping[str, str] | None = None
+    """Digest of every weight file of the protected model, where that is known."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ def measure_protection(
         transfer.convergence,
         transfer.protocol,
         utility,
+        weight_digests(protected),
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..data import DomainReference
 from ..evaluation.measure import Measurement, measure_sparsity
 from ..models import has_head, hub_id, plain_model
+from ..run_folder import weight_digests
 from ..training.domains import Joined
 from .card import NO_REPO
 from .report import build_record, build_results, write_report
@@ -60,7 +61,6 @@ def write_folder(
     named = {name: [str(i) for i in range(int(labels.max()) + 1)] for name, labels in trainer.target_labels.items()}
     source = source or [DomainReference(name, name, None, None, {}, classes) for name in authorized]
     targets = targets or [DomainReference(name, name, None, None, {}, labels) for name, labels in named.items()]
-    zeros = measure_sparsity(model, images)
     results = None
     if measured is not None:
         if len(source) > 1 or len(targets) > 1:
@@ -69,10 +69,10 @@ def write_folder(
                 f"{len(targets)} were protected; needed: one of each. Protect several with recipes/ntp_vit.py, which "
                 "measures and reports all, or leave the measurement out."
             )
-        if measured.sparsity.layers != zeros.layers:
+        if measured.weights != weight_digests(folder):
             raise ValueError(
-                "the measurement is of another model: its layers have other zeros; needed: one of these very weights. "
-                "Save them with save_model, and pass that folder to measure_protection."
+                "the measurement is of another model; needed: one of these very weights. Save them with save_model, "
+                "and pass that folder to measure_protection."
             )
         results = build_results(source[0], targets[0], measured, {}, trainer.args.target_access)
     record = build_record(
@@ -83,7 +83,7 @@ def write_folder(
         # What was loaded by id may be any commit: a loaded model does not say which.
         {"name": hub_id(getattr(model.config, "_name_or_path", None)), "revision": None, "weights": None},
         trainer.args.summary(),
-        zeros,
+        measure_sparsity(model, images),
         license,
         terms,
     )

@@ -603,7 +603,8 @@ def spoil_head(ours):
 
 
 @pytest.mark.parametrize(
-    ("harm", "term"), [(spoil_head, "loss, target_loss"), (spoil_attacker, "attacker_loss"), (spoil_admm, "")]
+    ("harm", "term"),
+    [(spoil_head, "loss, target_loss"), (spoil_attacker, "the simulated attackers hold values"), (spoil_admm, "")],
 )
 def test_whatever_breaks_stops_the_run_before_it_is_saved(tmp_path, harm, term):
     """Long before the next log (and at odds with Trainer's filter, which would hide it)."""
