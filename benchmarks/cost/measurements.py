@@ -35,7 +35,7 @@ from transformers.trainer_callback import TrainerCallback
 
 import hf_ntp
 from benchmarks.cost import reference
-from benchmarks.strength.run import load, source_accuracy
+from benchmarks.strength.run import PAPER_ATTACKS, load, source_accuracy
 from hf_ntp.data import RandomShift
 from hf_ntp.evaluation.summary import summarize
 from hf_ntp.functional import trace_ratio, whitened_discriminant
@@ -109,7 +109,6 @@ def options_of(kind: str, model: str) -> dict[str, Any] | None:
 
 
 KINDS = ("plain", "published terms", "default")
-PROTECTION_ATTACKS = ("mask_kept", "dense")
 
 
 def make_trainer(
@@ -435,7 +434,7 @@ def protect() -> dict[str, Any]:
             model.save_pretrained(folder / preset)
             accuracy = {k: source_accuracy(f"{name}/{k}", source.test) for k in ("unprotected", preset)}
             found[preset] = {**seconds, "source_before": accuracy["unprotected"], "source_after": accuracy[preset]}
-            for attack in PROTECTION_ATTACKS:
+            for attack in PAPER_ATTACKS:
                 arms.append(hf_ntp.Arm(f"{preset}/{attack}", f"{name}/{preset}", attack=hf_ntp.ATTACKS[attack]))
         curves = hf_ntp.sample_wise_learning_curves(
             arms,

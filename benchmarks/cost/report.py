@@ -123,7 +123,7 @@ def rows_of_protect(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = []
     for preset in ("adaptive", "published"):
         entry = found[preset]
-        worth = ", ".join(f"{attack} {entry[attack]:+.3f}" for attack in measurements.PROTECTION_ATTACKS)
+        worth = ", ".join(f"{attack} {entry[attack]:+.3f}" for attack in measurements.PAPER_ATTACKS)
         source = f"source {entry['source_before']:.3f} -> {entry['source_after']:.3f}"
         what = f"protection of the small ViT in {found['steps']} steps, preset {preset}"
         rows.append((what, f"{entry['seconds']:.0f} s; {source}; SLC-AUC {worth}", ""))
