@@ -12,12 +12,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -50,7 +51,7 @@ LABELS = [str(digit) for digit in range(10)]
 IMAGES = 64
 """Images per step: NTPTrainer takes half of them from the authorized domain, half from the other."""
 
-STEPS, TURNS = 60, 5
+STEPS, TURNS, GPU_TURNS = 60, 5, 3
 BATCHES = (32, 64, 128)
 MEMORY_STEPS = 6
 RESNET_SCALES = (0.25, 0.5, 1.0)
@@ -59,16 +60,20 @@ FISHER_IMAGES = 256
 CLASSES, WIDTHS = (10, 100, 1000), (128, 512, 2048)
 REFERENCE_WIDTH = 512
 """Wider, the whitened reference keeps more matrices for its backward pass than most machines can hold."""
-SWEEP_STEPS = 200
+SWEEP_STEPS, GPU_SWEEP_STEPS = 200, 60
 PUBLISHED_SPARSITY = 0.95
 PRETRAIN_STEPS, PROTECTION_STEPS, ATTACK_STEPS = 1500, 1500, 300
+
+
+FEED: dict[str, Any] = {"dataloader_num_workers": 6, "dataloader_pin_memory": True}
+"""So that a GPU need not wait for images: waiting would hide what else a step costs."""
 
 
 class RandomImages(Dataset):
     """Images in memory: reading them costs all trainers the same."""
 
     def __init__(self, image_size: int, rows: int = 2000) -> None:
-        self.images = torch.randn(min(rows, 2 * 10**9 // (12 * image_size**2)), 3, image_size, image_size)
+        self.images = torch.randn(min(rows, 10**8 // image_size**2), 3, image_size, image_size)
         self.labels = torch.randint(0, len(LABELS), (len(self.images),))
 
     def __len__(self) -> int:
@@ -76,6 +81,12 @@ class RandomImages(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"pixel_values": self.images[index], "labels": int(self.labels[index])}
+
+
+@cache
+def random_images(image_size: int, which: int) -> RandomImages:
+    """Return one of several sets of images, made once."""
+    return RandomImages(image_size)
 
 
 def vit_small() -> ViTForImageClassification:
@@ -127,14 +138,20 @@ def make_trainer(
         "use_cpu": True,
         **more,
     }
-    data = RandomImages(size)
+    source, target, held_out = (random_images(size, which) for which in range(3))
     if method is None:
         plain = TrainingArguments(per_device_train_batch_size=images, **options)
-        return Trainer(model, plain, train_dataset=data)
+        return Trainer(model, plain, train_dataset=source)
     # ADMM all the way: after the mask is fixed, steps are cheaper.
     method = {"pruning_end": 1.0, **method}
     config = hf_ntp.NTPConfig(per_device_train_batch_size=images // 2, **options, **method)
-    return hf_ntp.NTPTrainer(model, config, data, RandomImages(size), eval_dataset=RandomImages(size))
+    return hf_ntp.NTPTrainer(model, config, source, target, eval_dataset=held_out)
+
+
+def finish_what_was_sent() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class StepTimes(TrainerCallback):
@@ -148,8 +165,7 @@ class StepTimes(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the time."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        finish_what_was_sent()
         now = perf_counter()
         if self._last is not None:
             self.times.append(now - self._last)
@@ -157,14 +173,14 @@ class StepTimes(TrainerCallback):
 
 
 def seconds_per_step(name: str, kind: str, steps: int, images: int, **more: Any) -> float:
-    """Mean seconds of a step, Z-steps included."""
+    """Mean seconds of a step, Z-steps included, after a tenth of the steps to get warm."""
     build, size = (SMALL | LARGE)[name]
     watch = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(build(), size, options_of(kind, name), steps, images, folder, **more)
         trainer.add_callback(watch)
         trainer.train()
-    return statistics.mean(watch.times)
+    return statistics.mean(watch.times[len(watch.times) // 10 :])
 
 
 def step() -> dict[str, Any]:
@@ -172,16 +188,16 @@ def step() -> dict[str, Any]:
     return step_ratios([(name, images, {}) for name in SMALL for images in BATCHES])
 
 
-def gpu_step() -> dict[str, Any]:
-    """Steps of ViT-B/16 and ResNet-50 on a GPU."""
-    return step_ratios([(name, IMAGES, {"use_cpu": False, "bf16": True}) for name in LARGE])
+def gpu_step(name: str) -> dict[str, Any]:
+    """Steps of a large model on a GPU, in bf16."""
+    return step_ratios([(name, IMAGES, {"use_cpu": False, "bf16": True, **FEED})], GPU_TURNS)
 
 
-def step_ratios(cases: list[tuple[str, int, dict[str, Any]]]) -> dict[str, Any]:
+def step_ratios(cases: list[tuple[str, int, dict[str, Any]]], count: int = TURNS) -> dict[str, Any]:
     """Time of a step of NTPTrainer over one of plain Trainer on as many images, by model and images per step."""
     found: dict[str, Any] = {}
     for name, images, more in cases:
-        turns = [{kind: seconds_per_step(name, kind, STEPS, images, **more) for kind in KINDS} for _ in range(TURNS)]
+        turns = [{kind: seconds_per_step(name, kind, STEPS, images, **more) for kind in KINDS} for _ in range(count)]
         for kind in KINDS:
             ratios = [turn[kind] / turn["plain"] for turn in turns]
             method = hf_ntp.NTPConfig(output_dir="none", report_to="none", **options_of(kind, name) or {})
@@ -251,17 +267,19 @@ def side_by_side(turns: int, *calls: Callable[[], Any]) -> list[float]:
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(turns):
         for seconds, call in zip(times, calls, strict=True):
+            finish_what_was_sent()
             start = perf_counter()
             call()
+            finish_what_was_sent()
             seconds.append(perf_counter() - start)
     return [min(seconds) for seconds in times]
 
 
-def admm() -> list[dict[str, float]]:
+def admm(device: str = "cpu") -> list[dict[str, Any]]:
     """ADMM on the prunable weights of a growing ResNet-50: Z- and U-step, and the penalty of one optimizer step."""
     found = []
     for scale in RESNET_SCALES:
-        weights = prunable_weights(resnet_50(scale))
+        weights = prunable_weights(nn.Module.to(resnet_50(scale), device))
         ours, plain = ADMMPruner(weights, 0.9, rho=0.05), reference.ReferenceADMM(weights, 0.05)
         selecting = reference.ReferenceADMM(weights, 0.05, selects=True)
         for weight in weights.values():
@@ -278,15 +296,15 @@ def admm() -> list[dict[str, float]]:
     return found
 
 
-def fisher() -> list[dict[str, Any]]:
+def fisher(device: str = "cpu") -> list[dict[str, Any]]:
     """Both Fisher terms, forth and back on a batch, by number of classes and feature width."""
     found = []
     cases = dict.fromkeys([*((k, REFERENCE_WIDTH) for k in CLASSES), *((CLASSES[-1], d) for d in WIDTHS)])
     for ours in (trace_ratio, whitened_discriminant):
         for classes, width in cases:
             generator = torch.Generator().manual_seed(0)
-            features = torch.randn(FISHER_IMAGES, width, generator=generator)
-            labels = torch.randint(0, classes, (FISHER_IMAGES,), generator=generator)
+            features = torch.randn(FISHER_IMAGES, width, generator=generator).to(device)
+            labels = torch.randint(0, classes, (FISHER_IMAGES,), generator=generator).to(device)
 
             def there_and_back(term: Callable[..., Tensor]) -> Callable[[], Any]:
                 leaf = features.clone().requires_grad_()  # noqa: B023
@@ -312,7 +330,7 @@ def attack_data() -> hf_ntp.AttackData:
 
 
 def sweep_of(folder: str, fits: str, jobs: str, steps: str, together: str = "1") -> dict[str, float]:
-    """Seconds of the demo's sweep (60 fits), shortened, in this process and whoever shares ``fits`` with it.
+    """Seconds of the demo's sweep, shortened, in this process and whoever shares ``fits`` with it.
 
     Args:
         folder: With the checkpoints; here all words are those of a command line.
@@ -321,7 +339,7 @@ def sweep_of(folder: str, fits: str, jobs: str, steps: str, together: str = "1")
         steps: Of one fit.
         together: Fits trained as one, at most; "auto" leaves that to the runner.
     """
-    # Always as many fits: nothing is extended.
+    # Nearly always as many fits: nothing is extended.
     protocol = hf_ntp.FineTuneProtocol(int(steps), learning_rates=(3e-4, 1e-3, 3e-3), extensions=0)
     data = attack_data()
     arms = hf_ntp.standard_arms(f"{folder}/unprotected", f"{folder}/protected")
@@ -335,11 +353,9 @@ def sweep_of(folder: str, fits: str, jobs: str, steps: str, together: str = "1")
     return {"fits": curves.fits, "seconds": perf_counter() - start}
 
 
-def sweep() -> dict[str, Any]:
-    """A sweep in one process, one after another; on 2 jobs; on 2 launched processes; and again from the cache.
-
-    On a GPU also in one process with as many fits trained as one as the runner chooses.
-    """
+@contextmanager
+def checkpoints() -> Iterator[Path]:
+    """Folder with an unprotected small ViT and a pruned one, and room for the fits."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = small_vit(LABELS)
@@ -350,14 +366,29 @@ def sweep() -> dict[str, Any]:
         model.save_pretrained(folder / "protected")
         for fits in ("one", "jobs", "processes", "together"):
             (folder / fits).mkdir()
-        steps = str(SWEEP_STEPS)
-        on_gpu = torch.accelerator.is_available()
+        yield folder
+
+
+def sweep() -> dict[str, Any]:
+    """A sweep in one process, one after another; on 2 jobs; on 2 launched processes; and again from the cache."""
+    with checkpoints() as folder:
+        name, steps = str(folder), str(SWEEP_STEPS)
         return {
-            **({"trained as one": worker("sweep_of", name, "together", "1", steps, "auto")} if on_gpu else {}),
             "one process": worker("sweep_of", name, "one", "1", steps),
             "2 jobs": worker("sweep_of", name, "jobs", "2", steps),
             "2 processes": worker("sweep_of", name, "processes", "1", steps, processes=2),
             "from the cache": worker("sweep_of", name, "processes", "1", steps),
+        }
+
+
+def gpu_sweep() -> dict[str, Any]:
+    """On a GPU: one after another; with as many fits trained as one as the runner chooses; again from the cache."""
+    with checkpoints() as folder:
+        name, steps = str(folder), str(GPU_SWEEP_STEPS)
+        return {
+            "one process": worker("sweep_of", name, "one", "1", steps),
+            "trained as one": worker("sweep_of", name, "together", "1", steps, "auto"),
+            "from the cache": worker("sweep_of", name, "together", "1", steps, "auto"),
         }
 
 
@@ -454,13 +485,17 @@ def protect() -> dict[str, Any]:
 
 SECTIONS: dict[str, Callable[[], Any]] = {
     "step": step,
-    "gpu_step": gpu_step,
     "memory": memory,
     "admm": admm,
     "fisher": fisher,
     "sweep": sweep,
     "publish": publish,
     "protect": protect,
+    "gpu_step": lambda: gpu_step("ViT-B/16, 224x224"),
+    "gpu_sweep": gpu_sweep,
+    "gpu_admm": lambda: admm("cuda"),
+    "gpu_fisher": lambda: fisher("cuda"),
+    "gpu_step_convnet": lambda: gpu_step("ResNet-50, 224x224"),
 }
 
 

@@ -81,5 +81,5 @@ def whitened_discriminant(features: Tensor, labels: Tensor, num_classes: int, sh
             within = within + (members - center).T @ (members - center) / len(features)
             between = between + len(members) * torch.outer(center - mean, center - mean) / len(features)
     total = torch.trace(within) + torch.trace(between)
-    scatter = (1 - shrinkage) * within + shrinkage * total / width * torch.eye(width, dtype=features.dtype)
+    scatter = (1 - shrinkage) * within + shrinkage * total / width * torch.eye(width).to(features)
     return torch.trace(torch.linalg.inv(scatter) @ between)

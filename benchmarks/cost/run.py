@@ -4,8 +4,9 @@
 
 (from the root of the repository; a quarter of an hour on 2 cores.) Rewrites results.json, table.md, cost.png and the
 table in the README.
-`--only step admm` measures some sections again and keeps the others, `--gpu` adds ViT-B/16 and ResNet-50 at 224 pixels
-to the steps, and `--recipe` alone measures the peak memory of the default recipe.
+`--gpu` measures on a GPU instead: steps of ViT-B/16 and ResNet-50 at 224 pixels, the terms, a sweep (five minutes).
+`--only step admm` measures some sections again and keeps the others, and `--recipe` alone measures the peak memory of
+the default recipe.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+import torch
 
 from benchmarks.cost.measurements import SECTIONS, memory_of, recipe_peak, sweep_of
 from benchmarks.cost.report import mib, plot, table
@@ -36,10 +39,8 @@ def into_readme(results: dict[str, Any]) -> None:
 def parse(argv: list[str]) -> Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", nargs="*", choices=SECTIONS, default=[name for name in SECTIONS if name != "gpu_step"]
-    )
-    parser.add_argument("--gpu", action="store_true", help="steps of large models on the GPU, too")
+    parser.add_argument("--only", nargs="*", choices=SECTIONS, help="sections to measure")
+    parser.add_argument("--gpu", action="store_true", help="measure on a GPU instead")
     parser.add_argument("--recipe", action="store_true", help="measure the peak memory of the default recipe instead")
     parser.add_argument("--out", default=str(HERE), help="where results.json, table.md and cost.png go")
     parser.add_argument("--worker", nargs="+", help="for the benchmark itself: call a function and print its result")
@@ -61,11 +62,13 @@ def main(argv: list[str]) -> None:
     out = Path(arguments.out)
     known = out / "results.json"
     results = json.loads(known.read_text()) if known.exists() else {}
-    for name in [*arguments.only, *(["gpu_step"] if arguments.gpu else [])]:
+    for name in arguments.only or [name for name in SECTIONS if name.startswith("gpu_") == arguments.gpu]:
         start = perf_counter()
         results[name] = rounded(SECTIONS[name]())
         print(f"{name}: {perf_counter() - start:.0f} s", flush=True)
-        results = {key: results[key] for key in SECTIONS if key in results}
+        if name.startswith("gpu_"):
+            results["gpu"] = torch.cuda.get_device_name()
+        results = {key: results[key] for key in (*SECTIONS, "gpu") if key in results}
         write_results(results, table(results), out)
         plot(results, out / "cost.png")
         if out.resolve() == HERE.resolve():

@@ -144,3 +144,16 @@ def test_global_masks_are_those_of_all_entries_side_by_side(lists, sparsity):
     flat = torch.cat(tensors)
     expected = cardinality_mask(flat, num_zeros(len(flat), sparsity))
     assert torch.equal(torch.cat(global_cardinality_mask(tensors, sparsity)), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_masks_are_the_same_on_a_gpu():
+    """Also among equal magnitudes, of which there are many."""
+    x = torch.randint(-1000, 1000, (100, 96), generator=torch.Generator().manual_seed(0)).float()
+    for sparsity in (0.0, 0.3, 0.999):
+        zeros = num_zeros(x.numel(), sparsity)
+        assert torch.equal(cardinality_mask(x.cuda(), zeros).cpu(), cardinality_mask(x, zeros))
+        for found, wanted in zip(*(global_cardinality_mask([y, 2 * y], sparsity) for y in (x.cuda(), x)), strict=True):
+            assert torch.equal(found.cpu(), wanted)
+    assert torch.equal(n_m_mask(x.cuda(), 2, 4).cpu(), n_m_mask(x, 2, 4))
