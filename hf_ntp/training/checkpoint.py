@@ -18,6 +18,7 @@ from ..models import plain_model
 from ..run_folder import differences
 from .attackers import AttackerPool
 from .pruning import ADMMPruner
+from .sharding import cut_like
 from .target_head import TargetHead
 
 TENSORS_FILE = "ntp_state.safetensors"
@@ -43,15 +44,20 @@ def last_checkpoint(output_dir: str | Path | None) -> str | None:
 
 def save_state(
     folder: Path,
-    pruner: ADMMPruner,
+    anchors: Mapping[str, Tensor],
+    pruner: Mapping[str, float | bool],
     heads: Mapping[str, TargetHead],
     pool: AttackerPool | None,
     state: RunState,
     settings: Mapping[str, Any],
 ) -> None:
-    """Write ADMM state, target heads, simulated attackers, ``state`` and settings into a checkpoint folder."""
-    groups = {"pruner": pruner.tensors()} | {f"head:{name}": head.tensors() for name, head in heads.items()}
-    scalars = {**state._asdict(), "pruner": pruner.scalars(), "settings": settings}
+    """Write ADMM state, target heads, simulated attackers, ``state`` and settings into a checkpoint folder.
+
+    One rank does. ``anchors`` and ``pruner`` are what :meth:`ADMMPruner.tensors`, which needs all ranks, and
+    :meth:`ADMMPruner.scalars` gave.
+    """
+    groups = {"pruner": anchors} | {f"head:{name}": head.tensors() for name, head in heads.items()}
+    scalars = {**state._asdict(), "pruner": pruner, "settings": settings}
     if pool is not None:
         groups["attackers"], scalars["attackers"] = pool.tensors(), pool.scalars()
     tensors = {f"{group}/{name}": tensor for group, part in groups.items() for name, tensor in part.items()}
@@ -137,11 +143,14 @@ def load_weights_strictly(model: PreTrainedModel, folder: str) -> None:
     own = plain_model(model)
     kind: Any = type(own)  # whose stubs know of no loading information
     saved, found = kind.from_pretrained(folder, dtype=own.dtype, output_loading_info=True)
-    names = own.state_dict().keys()
+    present = own.state_dict()
+    names = present.keys()
     if lost := sorted(names & found["missing_keys"]):
         raise ValueError(
             f"the weights in {folder} lack {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''} ({len(lost)} of "
             f"{len(names)} tensors); needed: all of {type(own).__name__}. Resume from an earlier checkpoint."
         )
+    tensors = saved.state_dict()
     # A model may have been built without a part that its class has by default, such as a pooler.
-    own.load_state_dict({name: tensor for name, tensor in saved.state_dict().items() if name in names}, strict=True)
+    cut = {name: cut_like(tensors[name].to(there.device), there) for name, there in present.items()}
+    own.load_state_dict(cut, strict=True)

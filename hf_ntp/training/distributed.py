@@ -15,31 +15,44 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from .config import NTPConfig
 
 
-def check_processes(args: NTPConfig, kind: DistributedType, model: nn.Module) -> None:
+def check_processes(
+    args: NTPConfig, kind: DistributedType, model: nn.Module, fsdp: FullyShardedDataParallelPlugin | None = None
+) -> None:
     """Raise ``ValueError`` for ways to share the work out that a protection run cannot take part in.
 
     Args:
         args: Configuration.
         kind: Accelerate's ``distributed_type``.
         model: As Trainer got it.
+        fsdp: Accelerate's ``fsdp_plugin``, where weights are sharded.
     """
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs would be driven from one process (DataParallel), which splits batches out of "
             "sight; needed: one process per GPU. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
         )
-    if not (kind == DistributedType.NO or kind.value.startswith("MULTI_")):
+    if args.fsdp and kind != DistributedType.FSDP:
+        raise ValueError(
+            f"fsdp is set and the processes work together as {kind.value}: Accelerate does not shard on CPUs, nor in a "
+            "process where a Trainer without fsdp came first; needed: GPUs, and fsdp for the first one. Leave fsdp out "
+            "for whole copies."
+        )
+    if kind == DistributedType.FSDP and fsdp is not None:
+        _check_sharding(args, fsdp)
+    elif not (kind == DistributedType.NO or kind.value.startswith("MULTI_")):
         raise ValueError(
             f"the processes work together as {kind.value}; needed: a whole copy of the model in every process (DDP), "
-            "as simulated attackers and the original model are whole copies too. Start with `accelerate launch "
-            "--multi_gpu`. ADMMPruner alone also prunes sharded weights, in a training loop of your own."
+            "or shards as FSDP2 makes them. Start with `accelerate launch --multi_gpu`, or set fsdp=True."
         )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(
@@ -63,6 +76,57 @@ def check_processes(args: NTPConfig, kind: DistributedType, model: nn.Module) ->
             f"{started} processes were started and Accelerate knows of {args.world_size}: each would train alone, "
             "and all would write the same files. On CPUs, set use_cpu=True here and in all TrainingArguments."
         )
+
+
+def _check_sharding(args: NTPConfig, fsdp: FullyShardedDataParallelPlugin) -> None:
+    """Raise ``ValueError`` unless weights are sharded as FSDP2 does it and nothing needs them whole."""
+    if args.attackers and args.attacker_weight:
+        raise ValueError(
+            f"FSDP would shard the model, and {args.attackers} simulated attackers are whole copies of it; needed: "
+            "attackers=0, as in the preset 'paper', or a whole copy in every process. Leave fsdp out (`accelerate "
+            "launch --multi_gpu`)."
+        )
+    if args.source_loss == "reconstruction":
+        raise ValueError(
+            "FSDP would shard the model, and source_loss='reconstruction' calls a part of it; needed: 'features', or "
+            "a whole copy in every process. Leave fsdp out (`accelerate launch --multi_gpu`)."
+        )
+    if args.torch_compile:
+        raise ValueError("FSDP would shard the model, and torch_compile is on; needed: one of them. Leave one out.")
+    # What transformers chooses with fsdp=True; `accelerate config` asks for each.
+    settings = {
+        "fsdp_version": (fsdp.fsdp_version, 2),
+        "fsdp_state_dict_type": (fsdp.state_dict_type.name, "FULL_STATE_DICT"),
+        "fsdp_cpu_ram_efficient_loading": (bool(fsdp.cpu_ram_efficient_loading), False),
+        "fsdp_offload_params": (isinstance(fsdp.cpu_offload, CPUOffloadPolicy), False),
+    }
+    if wrong := {name: pair for name, pair in settings.items() if pair[0] != pair[1]}:
+        raise ValueError(
+            f"FSDP is set up with {', '.join(f'{name}={found}' for name, (found, _) in wrong.items())}; needed: "
+            f"{', '.join(f'{name}={needed}' for name, (_, needed) in wrong.items())}. Pass these to `accelerate "
+            "launch` or its configuration file, or set fsdp=True and leave fsdp_config alone."
+        )
+
+
+def choose_units(model: PreTrainedModel, fsdp: FullyShardedDataParallelPlugin) -> None:
+    """Set which layers FSDP gathers at a time, where that was left open.
+
+    Accelerate takes the classes that a model must not be split in, and then the input embedding apart. Where one of
+    the classes is around it, as in ViTs, it would be cut twice, which fails.
+
+    Raises:
+        ValueError: If the model does not say what its input embedding is: Accelerate does not shard it.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError as error:
+        raise ValueError(
+            f"FSDP would shard {type(model).__name__}, which Accelerate cannot: it has no get_input_embeddings(); "
+            "needed: a transformer, or whole copies. Leave fsdp out (`accelerate launch --multi_gpu`)."
+        ) from error
+    if fsdp.auto_wrap_policy is transformer_auto_wrap_policy and fsdp.transformer_cls_names_to_wrap is None:
+        around = {type(module).__name__ for module in model.modules() if embedding in module.children()}
+        fsdp.transformer_cls_names_to_wrap = sorted(set(model._no_split_modules or ()) - around)
 
 
 class _Gather(torch.autograd.Function):

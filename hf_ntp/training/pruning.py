@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from ..functional import (
     GlobalSelector,
@@ -28,6 +27,7 @@ from ..functional import (
     soft_threshold,
 )
 from .arguments import parse_n_m
+from .sharding import cut_like, shard, sum_over_shards, whole
 
 
 class ZStep(NamedTuple):
@@ -58,7 +58,7 @@ def mask_rule(
         sparsity: Fraction of zeros. Below the final one an N:M pattern keeps more than N of every M.
     """
     if pattern == "global":
-        select = GlobalSelector(lambda: map(_whole, tensors()), sparsity)
+        select = GlobalSelector(lambda: map(whole, tensors()), sparsity)
         return lambda i, tensor: select(tensor)
     if n_m := parse_n_m(pattern):
         n, m = n_m
@@ -67,33 +67,9 @@ def mask_rule(
     return LayerSelector(apportion_zeros(sizes, sparsity))
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _shard(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _cut_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Cut a tensor that is whole on all ranks as ``like`` is cut; no message is needed."""
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
-        return tensor
-    whole = DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
-    return whole.redistribute(placements=like.placements)
-
-
-def _sum_over_shards(sums: Tensor, like: Tensor) -> Tensor:
-    """Add up what every rank has of a tensor that is cut as ``like`` is."""
-    if not isinstance(like, DTensor):
-        return sums
-    placements = [Partial() if placement.is_shard() else placement for placement in like.placements]
-    return DTensor.from_local(sums, like.device_mesh, placements, run_check=False).full_tensor()
-
-
 def _mask(rule: MaskRule, i: int, tensor: Tensor) -> Tensor:
     """Mask of the i-th tensor, cut as it is: thresholds and ties are those of the whole, of one layer at a time."""
-    return _cut_like(rule(i, _whole(tensor)), tensor)
+    return cut_like(rule(i, whole(tensor)), tensor)
 
 
 def check_names(model: nn.Module, **patterns: Sequence[str]) -> None:
@@ -228,9 +204,9 @@ class ADMMPruner:
                 shifted = hard_dual(stored, previous).add_(weight)
                 sparse = shifted * _mask(new, i, shifted)
                 anchor = stored.copy_(hard_anchor(shifted, sparse))
-            w, z, before, v = map(_shard, (weight, sparse, previous, anchor))
+            w, z, before, v = map(shard, (weight, sparse, previous, anchor))
             parts += primal_residual(w, z), dual_residual(z, before, self.rho), penalty(w, v, self.rho), (z == 0).sum()
-        sums = _sum_over_shards(torch.stack(parts).view(-1, 4).sum(0), weight)
+        sums = sum_over_shards(torch.stack(parts).view(-1, 4).sum(0), weight)
         self.sparsity = sparsity
         # Stored and shifted tensors have equal magnitudes.
         self._present = new if isinstance(new, LayerSelector) and not self._soft else None
@@ -278,9 +254,25 @@ class ADMMPruner:
                 f"{what}() was called after finish(): the mask is fixed. Make a new ADMMPruner to prune further."
             )
 
+    @torch.no_grad()
+    def zero_fraction(self) -> float:
+        """Share of exact zeros among all weights."""
+        weights = list(self.weights.values())
+        zeros = torch.stack([(shard(weight) == 0).sum() for weight in weights]).sum()
+        return int(sum_over_shards(zeros, weights[0])) / sum(self._sizes())
+
+    @torch.no_grad()
+    def move_to(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Go on with the same weights in other tensors: on another device, cut into shards, or whole again."""
+        self.weights = dict(weights)
+        for name, weight in self.weights.items():
+            # Not a view of what is let go of.
+            self.stored[name] = cut_like(whole(self.stored[name]).to(weight.device), weight).clone()
+        self._present = None
+
     def tensors(self) -> dict[str, Tensor]:
-        """State tensors by weight name, for a checkpoint; with :meth:`scalars` they are the whole state."""
-        return dict(self.stored)
+        """State tensors by weight name, whole, for a checkpoint; with :meth:`scalars` they are the whole state."""
+        return {name: whole(stored) for name, stored in self.stored.items()}
 
     def scalars(self) -> dict[str, float | bool]:
         """JSON part of the state."""
@@ -299,6 +291,6 @@ class ADMMPruner:
                 "model, prune_include and prune_exclude of the run that wrote it."
             )
         for name, stored in self.stored.items():
-            stored.copy_(_cut_like(tensors[name], stored))
+            stored.copy_(cut_like(tensors[name], stored))
         self._present = None
         self.sparsity, self.finished = float(scalars["sparsity"]), bool(scalars["finished"])

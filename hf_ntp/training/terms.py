@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .sharding import shard
+
 
 class Reading(NamedTuple):
     """What the host learns of a step."""
@@ -105,12 +107,19 @@ class Terms:
         self._counts = {name: count for name, (_, count) in state.items()}
 
 
-def not_finite(groups: Mapping[str, Iterable[Tensor]]) -> list[str]:
-    """Names of the groups that hold a NaN or an infinite value; integer tensors count as finite."""
-    floats = {name: [t for t in tensors if t.is_floating_point() and t.numel()] for name, tensors in groups.items()}
+def not_finite(
+    groups: Mapping[str, Iterable[Tensor]], reduce: Callable[[Tensor], Tensor] = lambda flag: flag
+) -> list[str]:
+    """Names of the groups that hold a NaN or an infinite value; integer tensors count as finite.
+
+    Args:
+        groups: Tensors by name of the group; of shards, this rank's part counts.
+        reduce: Averages a tensor over ranks that hold different parts.
+    """
+    floats = {name: [shard(t) for t in tensors if t.is_floating_point()] for name, tensors in groups.items()}
     flags = {
-        name: torch.stack([t.detach().isfinite().all() for t in tensors]).all()
+        name: torch.stack([t.detach().isfinite().all() for t in tensors]).all().float()
         for name, tensors in floats.items()
         if tensors
     }
-    return [name for name, finite in flags.items() if not bool(finite)]
+    return [name for name, finite in flags.items() if float(reduce(finite)) < 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -53,7 +54,6 @@ from ..models import (
     separate_batch_norms,
     stage_tokens,
     with_head,
-    zero_fraction,
 )
 from ..models.adapters import with_adapter  # not of the package: only who needs it waits for peft
 from ..run_folder import remove, writing
@@ -61,7 +61,7 @@ from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
 from .checkpoint import RunState, check_settings, last_checkpoint, load_state, load_weights_strictly, save_state
 from .config import NTPConfig
-from .distributed import check_processes
+from .distributed import check_processes, choose_units
 from .domains import Joined, check_task, classifies, held_out, shares_of, source_domain, target_domains
 from .guard import FeatureGuard, ReconstructionGuard, SourceGuard
 from .objective import TargetBatch, target_terms
@@ -78,6 +78,7 @@ from .paired_data import (
 )
 from .pruning import ADMMPruner, check_names, check_pattern
 from .pseudo_labels import with_clusters
+from .sharding import whole
 from .target_head import TargetHead
 from .terms import Reading, Terms, not_finite
 
@@ -282,7 +283,10 @@ class NTPTrainer(Trainer):
         if self._headless:
             self.can_return_loss = True  # without labels
         self.loss_is_scaled_for_ga = False
-        check_processes(args, self.accelerator.distributed_type, network)
+        fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        check_processes(args, self.accelerator.distributed_type, network, fsdp)
+        if fsdp is not None:
+            choose_units(network, fsdp)
         self.heads = {
             name: TargetHead(head.in_features, int(labels.max()) + 1, args.target_head_learning_rate, args.seed)
             for name, labels in self.target_labels.items()
@@ -298,6 +302,11 @@ class NTPTrainer(Trainer):
             names = list(train_dataset) if isinstance(train_dataset, Mapping) else []
             classes = class_names(network) or getattr(source, "class_names", None)
             others = held_out(self.eval_dataset, names, head.out_features, classes) if args.source_tolerance else None
+            if others is not None and self.is_fsdp_enabled:
+                raise ValueError(
+                    "FSDP would shard the model, and source_tolerance is judged on eval_dataset between steps, on "
+                    "which ranks would wait for each other in vain; needed: source_tolerance=[]. Or leave fsdp out."
+                )
             self._guard = SourceGuard(self.model, args, others)
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
@@ -450,7 +459,9 @@ class NTPTrainer(Trainer):
     # Pruning: called by PruningCallback
 
     def begin_pruning(self, max_steps: int) -> None:
-        """Say so if the run is too short for its pruning to be gradual."""
+        """Take up the weights as they are now; say so if the run is too short for its pruning to be gradual."""
+        if self.is_fsdp_enabled:  # Accelerate has put shards in the place of the parameters
+            self._find_parts()
         due = sum(self._is_due(step, max_steps) for step in range(1, max_steps + 1))
         if due < _FEW_Z_STEPS and self.args.sparsity:
             logger.warning(
@@ -463,6 +474,24 @@ class NTPTrainer(Trainer):
                 self.args.pruning_end,
                 self.args.sparsity,
             )
+
+    def _find_parts(self) -> None:
+        """Find what is pruned and looked at in a model whose parameters, or which itself, has been replaced."""
+        self._head = find_head(self.model, self._head_name)[1]
+        self._batch_norms = batch_norms(self.model)
+        include, exclude = self.args.prune_include, self.args.prune_exclude
+        self.prunable = prunable_weights(self.model, include, exclude, self._head_name)
+        self.pruner.move_to(self.prunable)
+
+    @torch.no_grad()
+    def _gather(self, model: PreTrainedModel) -> None:
+        """Let ``model``, a whole copy, take the place of the sharded one, with its weights."""
+        into = model.state_dict()
+        for name, tensor in self.model.state_dict().items():
+            into[name].copy_(whole(tensor))
+        model.config.ntp = self.model.config.ntp
+        self.model = self.model_wrapped = nn.Module.to(model, self.args.device)
+        self._find_parts()
 
     def _is_due(self, step: int, max_steps: int) -> bool:
         """Whether a Z-step follows optimizer step ``step``."""
@@ -506,7 +535,7 @@ class NTPTrainer(Trainer):
 
     def _finish_pruning(self) -> None:
         self.pruner.finish()
-        self._pruning_log["sparsity"] = torch.tensor(zero_fraction(list(self.prunable.values())))
+        self._pruning_log["sparsity"] = torch.tensor(self.pruner.zero_fraction())
 
     def complete_pruning(self) -> None:
         """Prune to the requested sparsity if training stopped before it was reached, and note it in the config."""
@@ -532,7 +561,7 @@ class NTPTrainer(Trainer):
         """Note in the config what was pruned: whoever has the weights needs it to tell zeros that are meant."""
         self.model.config.ntp = {
             "method": "non-transferable-pruning",
-            "sparsity": zero_fraction(list(self.prunable.values())),
+            "sparsity": self.pruner.zero_fraction(),
             "requested_sparsity": self.args.sparsity,
             "prune_include": self.args.prune_include,
             "prune_exclude": self.args.prune_exclude,
@@ -581,6 +610,8 @@ class NTPTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does; pruning starts anew from the present weights, or from the checkpoint's state.
 
+        Where FSDP shards the model while it trains, it is whole again on every process afterwards.
+
         Raises:
             ValueError: If ``output_dir`` holds checkpoints of another run, or the one to resume is of another run.
         """
@@ -611,9 +642,13 @@ class NTPTrainer(Trainer):
             self._guard.check_original(self.train_dataset.source)
         self._pruning_log, self._terms = {"sparsity": torch.zeros(())}, self._new_terms()
         self._attacked, self._leaving, self._ended = {}, False, False
+        whole_model = copy.deepcopy(self.model) if self.is_fsdp_enabled else None
         # A head beside features that are matched gets no gradient, for which DDP would wait.
         with frozen(self._head) if self._matches_features else nullcontext(), KeptSignals() as self._signals:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            found = super().train(resume_from_checkpoint, *args, **kwargs)
+        if whole_model is not None:
+            self._gather(whole_model)
+        return found
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; no epoch is left where the checkpoint is that of the last step: Trainer would take one more."""
@@ -687,11 +722,11 @@ class NTPTrainer(Trainer):
         """Raise unless everything that a checkpoint holds is finite."""
         groups = {
             "the weights": [*self.model.parameters(), *self.model.buffers()],
-            "the ADMM state": self.pruner.tensors().values(),
+            "the ADMM state": self.pruner.stored.values(),
             "a target head": [tensor for head in self.heads.values() for tensor in head.tensors().values()],
             "the simulated attackers": [] if self._pool is None else self._pool.tensors().values(),
         }
-        if broken := not_finite(groups):
+        if broken := not_finite(groups, partial(self.accelerator.reduce, reduction="mean")):
             raise self._broken(f"{', '.join(broken)} hold values that are not finite at step {self.state.global_step}")
 
     def _broken(self, found: str) -> FloatingPointError:
@@ -794,6 +829,7 @@ class NTPTrainer(Trainer):
         self._check_state()
         if self.pruner.finished:
             self._note_pruning()
+        anchors = self.pruner.tensors()  # from all ranks
         final = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         staging = final.parent / _STAGING
         if self.args.should_save:
@@ -805,20 +841,20 @@ class NTPTrainer(Trainer):
                     super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    self._complete_checkpoint(staging / final.name, final)
+                    self._complete_checkpoint(staging / final.name, final, anchors)
         finally:
             if self.args.should_save:
                 remove(staging)
         self.accelerator.wait_for_everyone()
 
-    def _complete_checkpoint(self, staged: Path, final: Path) -> None:
+    def _complete_checkpoint(self, staged: Path, final: Path, anchors: dict[str, Tensor]) -> None:
         """Add our state to what Trainer has written, and give the folder its name."""
         if self.state.best_model_checkpoint == str(staged):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
         log = {key: float(value) for key, value in self._pruning_log.items()}
         state = RunState(float(self._guard.excess), self._terms.state(), log)
-        save_state(staged, self.pruner, self.heads, self._pool, state, self.settings())
+        save_state(staged, anchors, self.pruner.scalars(), self.heads, self._pool, state, self.settings())
         if final.exists():  # aside as a whole: deleted piece by piece, it could be taken for a checkpoint
             final.replace(staged.parent / "replaced")
         staged.replace(final)

@@ -1,14 +1,17 @@
 """Run by test_ddp.py on every rank and in one process: trains, and returns what must agree."""
 
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import ViTModel
+from transformers import Trainer, ViTModel
 
 from hf_ntp.models import prunable_weights
 from hf_ntp.training.arguments import PRESETS
@@ -49,15 +52,42 @@ RUNS = {
 PATTERNS = ("layer", "global", "l1", "2:4")
 
 
-def run(name, folder, processes, device="cpu"):
+SHARDED = ("paper", "features")
+"""Runs that can also do with shards (FSDP2), which have no room for attackers."""
+
+
+@contextmanager
+def fsdp_on_cpus():
+    """Accelerate takes FSDP on CPUs for DDP, though PyTorch can do it: tell Trainer that it is meant."""
+    create, kind = Trainer.create_accelerator_and_postprocess, PartialState().distributed_type
+
+    def create_and_insist(self):
+        create(self)
+        if self.args.fsdp:
+            state = self.accelerator.state
+            PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    Trainer.create_accelerator_and_postprocess = create_and_insist
+    yield
+    Trainer.create_accelerator_and_postprocess = create
+    PartialState._shared_state["distributed_type"] = kind
+    AcceleratorState._reset_state()
+
+
+def run(name, folder, processes, device="cpu", resume=None, **more):
     """State tensors by group and the log of a run."""
     model, options = RUNS[name]()
     size = GLOBAL_BATCH // processes // options.get("gradient_accumulation_steps", 1)
-    options = {**SGD, "per_device_train_batch_size": size, "use_cpu": device == "cpu", **options}
+    options = {**SGD, "per_device_train_batch_size": size, "use_cpu": device == "cpu", **options, **more}
     ours = trainer(folder / name, model, **options)
     start = {name: parameter.detach().clone() for name, parameter in ours.model.named_parameters()}
-    ours.train()
-    moved = {name: parameter.detach() - start[name] for name, parameter in ours.model.named_parameters()}
+    ours.train(resume)
+    moved = {
+        name: parameter.detach() - start[name].to(parameter.device)
+        for name, parameter in ours.model.named_parameters()
+    }
     state = {"moved": moved, "masks": ours.pruner.stored}
     if ours._guard.held_out is not None:
         state["guard"] = {"excess": ours._guard.excess}
@@ -106,7 +136,7 @@ def prune(pattern, folder=None, mesh=None):
         else:
             pruner.enforce_mask()
     if mesh is not None:
-        for name, stored in pruner.tensors().items():
+        for name, stored in pruner.stored.items():
             assert stored.to_local().shape == weights[name].to_local().shape
             assert stored.placements == weights[name].placements
             assert stored.to_local().numel() < stored.numel() or mesh.size() == 1
@@ -122,4 +152,12 @@ if __name__ == "__main__":
     found = {name: run(name, folder, processes, device) for name in RUNS}
     mesh = init_device_mesh(device, (processes,))
     found |= {pattern: prune(pattern, folder / pattern, mesh) for pattern in PATTERNS}
+    with fsdp_on_cpus() if device == "cpu" else nullcontext():
+        for name in SHARDED:
+            found[f"{name}, sharded"] = run(name, folder / "sharded", processes, device, attackers=0, fsdp=True)
+        # With moments, which are shards, too.
+        sharded = {"fsdp": True, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 4}
+        found["uninterrupted"] = run("paper", folder / "moments", processes, device, **sharded)
+        last = str(folder / "moments" / "paper" / "checkpoint-4")
+        found["resumed"] = run("paper", folder / "moments", processes, device, last, **sharded)
     torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")

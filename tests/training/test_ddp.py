@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import ViTForImageClassification
 
-from .ddp_script import PATTERNS, RUNS, prune, run
+from hf_ntp.models import noted_prunable_weights
+
+from .ddp_script import PATTERNS, RUNS, SHARDED, prune, run
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def ranks(folder):
     return launch(folder, "cpu", 2)
 
 
-@pytest.mark.parametrize("name", [*RUNS, *PATTERNS])
+@pytest.mark.parametrize("name", [*RUNS, *PATTERNS, *(f"{name}, sharded" for name in SHARDED), "resumed"])
 def test_two_processes_agree(ranks, name):
     """Weights, ADMM state, simulated attackers' heads and offsets, and logs are the same on both, bit for bit."""
     (one, log), (other, other_log) = (found[name] for found in ranks)
@@ -54,7 +56,11 @@ def relative_distance(a, b):
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "resnet"])
 def test_two_processes_do_what_one_does(ranks, tmp_path, name):
     """Same images, same result: every term is that of the whole batch, up to rounding."""
-    (one, log), (two, other_log) = run(name, tmp_path, 1), ranks[0][name]
+    the_same(run(name, tmp_path, 1), ranks[0][name])
+
+
+def the_same(single, found):
+    (one, log), (two, other_log) = single, found
     assert one.keys() == two.keys()
     for group in one:
         assert one[group].keys() == two[group].keys()
@@ -79,6 +85,25 @@ def test_sharded_weights_are_pruned_like_whole_ones(ranks, folder, pattern):
     assert all(bool((saved[name][~mask] == 0).all()) for name, mask in one["masks"].items())
     zeros = sum(int((saved[name] == 0).sum()) for name in one["masks"])
     assert zeros == sum(mask.numel() for mask in one["masks"].values()) // 2
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_shards_do_what_whole_weights_do(ranks, tmp_path, name):
+    """NTPTrainer under FSDP2 ends where one process without it does, up to rounding, with a whole model."""
+    the_same(run(name, tmp_path, 1, attackers=0), ranks[0][f"{name}, sharded"])
+
+
+def test_a_sharded_run_resumes_exactly(ranks, folder):
+    """Bit for bit; its checkpoints are those of whole weights."""
+    for rank in ranks:
+        (one, log), (other, other_log) = rank["uninterrupted"], rank["resumed"]
+        assert all(torch.equal(tensor, other[group][n]) for group, part in one.items() for n, tensor in part.items())
+        assert log == other_log
+    last = folder / "moments" / "paper" / "checkpoint-8"
+    weights = noted_prunable_weights(ViTForImageClassification.from_pretrained(last))
+    assert weights.keys() == ranks[0]["resumed"][0]["masks"].keys()
+    for n, mask in ranks[0]["resumed"][0]["masks"].items():
+        assert torch.equal(weights[n] != 0, mask != 0)
 
 
 def test_checkpoints_are_whole(ranks, folder):

@@ -4,7 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from transformers import Trainer
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_ntp import NTPConfig
@@ -17,9 +20,19 @@ from .test_trainer import NO_TARGET, trainer
 # Attackers act at once, on a model that moves.
 FEW_STEPS = {"max_steps": 4, "logging_steps": 1, "optim": "sgd", "learning_rate": 0.05, "attacker_patience": 0}
 
+# With fsdp=True.
+BY_TRANSFORMERS = {"state_dict_type": "FULL_STATE_DICT", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+
 
 def options_of(**options):
-    defaults = {"attackers": 4, "attacker_batch_size": 16, "attacker_weight": 1.0, "world_size": 1, "n_gpu": 0}
+    defaults = {
+        "attackers": 4,
+        "attacker_batch_size": 16,
+        "attacker_weight": 1.0,
+        "world_size": 1,
+        "n_gpu": 0,
+        "fsdp": None,
+    }
     return SimpleNamespace(
         **{**defaults, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **options}
     )
@@ -99,11 +112,68 @@ def test_checkpointing_that_cannot_work_is_refused(tmp_path):
         trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.XLA])
-def test_sharded_training_is_refused(tmp_path, kind):
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.XLA])
+def test_other_ways_to_share_the_work_out_are_refused(tmp_path, kind):
     args = NTPConfig(output_dir=str(tmp_path), report_to="none")
     with pytest.raises(ValueError, match=f"work together as {kind.value}.*needed: a whole copy"):
         check_processes(args, kind, tiny_vit())
+
+
+@pytest.fixture
+def under_fsdp(monkeypatch):
+    """Trainer believes to be started under FSDP; what `accelerate launch` chooses can be added."""
+    create, plugin = Trainer.create_accelerator_and_postprocess, {"fsdp_version": 2, **BY_TRANSFORMERS}
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "False")  # where a plugin leaves it
+
+    def create_and_say_so(self):
+        create(self)
+        self.is_fsdp_enabled = True
+        self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create_and_say_so)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    yield plugin
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "4 simulated attackers are whole copies of it; needed: attackers=0"),
+        ({"attackers": 0, "evaluation": Rows(seed=3)}, "source_tolerance is judged on eval_dataset"),
+        ({"attackers": 0, "torch_compile": True}, "torch_compile is on; needed: one of them"),
+        ({"attackers": 0, "model": tiny_resnet()}, "ResNetForImageClassification, which Accelerate cannot"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_under_fsdp(tmp_path, under_fsdp, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **options)
+
+
+def test_fsdp_that_accelerate_would_leave_out_is_an_error():
+    with pytest.raises(ValueError, match="fsdp is set and the processes work together as MULTI_CPU"):
+        check_processes(options_of(fsdp=True), DistributedType.MULTI_CPU, tiny_vit())
+
+
+def test_how_fsdp_has_to_be_set_up(tmp_path, under_fsdp):
+    trainer(tmp_path, attackers=0)
+    under_fsdp |= {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True, "cpu_offload": True}
+    with pytest.raises(
+        ValueError,
+        match="state_dict_type=SHARDED_STATE_DICT, fsdp_cpu_ram_efficient_loading=True, fsdp_offload_params=True; "
+        "needed: fsdp_state_dict_type=FULL_STATE_DICT",
+    ):
+        trainer(tmp_path, attackers=0)
+
+
+def test_layers_around_the_embedding_are_no_units(tmp_path, under_fsdp):
+    """Accelerate would cut the patch embedding of a ViT twice; what the user says counts."""
+    ours = trainer(tmp_path, attackers=0)
+    assert set(ours.model._no_split_modules) == {"ViTEmbeddings", "ViTLayer"}
+    assert ours.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap == ["ViTLayer"]
+    under_fsdp["transformer_cls_names_to_wrap"] = ["ViTAttention"]
+    ours = trainer(tmp_path, attackers=0)
+    assert ours.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap == ["ViTAttention"]
 
 
 @pytest.mark.parametrize("loader", [{"split_batches": True}, {"dispatch_batches": True}, {"even_batches": False}])
