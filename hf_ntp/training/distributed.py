@@ -43,9 +43,9 @@ def check_processes(
         )
     if args.fsdp and kind != DistributedType.FSDP:
         raise ValueError(
-            f"fsdp is set and the processes work together as {kind.value}: Accelerate does not shard on CPUs, nor in a "
-            "process where a Trainer without fsdp came first; needed: GPUs, and fsdp for the first one. Leave fsdp out "
-            "for whole copies."
+            f"fsdp is set and the processes work together as {kind.value}: Accelerate does not shard on CPUs, nor in "
+            "a process where a Trainer without fsdp came first; needed: GPUs, and fsdp for the first one. Leave fsdp "
+            "out for whole copies."
         )
     if kind == DistributedType.FSDP and fsdp is not None:
         _check_sharding(args, fsdp)
