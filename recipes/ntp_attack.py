@@ -55,6 +55,13 @@ class AttackArguments:
     source_image_column: str | None = field(default=None, metadata={"help": "Its image column."})
     source_label_column: str | None = field(default=None, metadata={"help": "Its label column."})
     num_source_images: int = field(default=500, metadata={"help": "Authorized images that the attacker has, at most."})
+    third_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Another control: a domain that is neither authorized nor unauthorized, on which all weights are "
+            "tuned. What is lost there is collateral damage."
+        },
+    )
     attacks: list[str] = field(
         default_factory=lambda: ["decisive"], metadata={"help": "Names of attacks, 'decisive' or 'all'."}
     )
@@ -123,7 +130,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
     import hf_ntp
     from hf_ntp.attacks import ATTACKS, DECISIVE
-    from hf_ntp.data import check_target
+    from hf_ntp.data import check_target, domain_name
     from hf_ntp.evaluation.cache import local_folder
     from hf_ntp.evaluation.claims import Claims
     from hf_ntp.evaluation.controls import prune_without_protection
@@ -149,8 +156,16 @@ def main(argv: list[str]) -> dict[str, Any]:
         size = min(arguments.num_source_images, len(images))
         images = images.select(hf_ntp.nested_subsets(images["label"], [size], seed=0)[size])
         source = hf_ntp.PixelDataset.from_dataset(images, processor)
-    train, validation, test = (hf_ntp.PixelDataset.from_dataset(part, processor) for part in parts.values())
+    train, validation, test = pixels = [hf_ntp.PixelDataset.from_dataset(part, processor) for part in parts.values()]
     data = hf_ntp.AttackData(train, validation, test, source)
+    elsewhere = None
+    if arguments.third_dataset is not None:
+        third = hf_ntp.load_domain(arguments.third_dataset)
+        check_target(third["train"]["label"], "the third domain")
+        elsewhere = hf_ntp.AttackData(
+            *(hf_ntp.PixelDataset.from_dataset(third[split], processor) for split in ("train", "validation", "test"))
+        )
+        pixels += [elsewhere.train, elsewhere.validation, elsewhere.test]
     starts = {"protected": arguments.checkpoint}
     if arguments.unprotected is not None:
         starts["unprotected"] = arguments.unprotected
@@ -159,7 +174,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     # What lies under a name may be another thing tomorrow, and the controls would not be its any more.
     found = {
         "weights_of_starts": {start: weight_digests(local_folder(name)) for start, name in starts.items()},
-        "data": [part.fingerprint for part in (train, validation, test, source) if part is not None],
+        "data": [part.fingerprint for part in (*pixels, source) if part is not None],
     }
     run = claim_run_folder(
         arguments.output_dir,
@@ -172,9 +187,11 @@ def main(argv: list[str]) -> dict[str, Any]:
             Claims(run).make_once(folder, control)
             starts[folder.name] = str(folder)
     fits = arguments.cache_dir or run / "fits"
-    results = run_attacks(
-        starts, data, attacks, arguments.sample_sizes, arguments.seeds, protocol, fits, arguments.jobs
-    )
+    budget = (arguments.sample_sizes, arguments.seeds, protocol, fits, arguments.jobs)
+    results = run_attacks(starts, data, attacks, *budget)
+    if elsewhere is not None:
+        name = domain_name(str(arguments.third_dataset))
+        results["third_domain"] = {"name": name, **run_attacks(starts, elsewhere, ["dense"], *budget)}
     reference = hf_ntp.DomainReference.of(arguments.target_dataset, parts)
     results = {
         "checkpoint": arguments.checkpoint,

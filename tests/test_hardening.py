@@ -189,6 +189,7 @@ def one_block():
     [
         (one_block, {}, "needed: an encoder made of blocks"),
         (tiny_resnet, {"per_device_train_batch_size": 1}, "48 rows in batches of 1 make a batch of one image"),
+        (tiny_vit, {"dataloader_drop_last": True, "per_device_train_batch_size": 49}, "48 rows are no whole batch"),
         (tiny_resnet, {"source": Rows(49)}, "49 rows in batches of 8 make a batch of one image; needed: at least two"),
         (lambda: tiny_vit().half(), {}, "weights are torch.float16; needed: float32"),
         (tiny_vit, {"target": Rows(20, 1)}, "class 0 only"),

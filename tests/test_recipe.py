@@ -438,14 +438,27 @@ def test_attacking_the_result(finished, tmp_path):
 
 def test_runs_with_other_attacks_share_fits(finished, tmp_path):
     run, shared = finished[0], tmp_path / "shared"
-    more = ["--unprotected", str(run / "unprotected"), "--reference", str(run / "unprotected")]
+    more = [
+        "--unprotected",
+        str(run / "unprotected"),
+        "--reference",
+        str(run / "unprotected"),
+        "--third_dataset",
+        "syn",
+    ]
     for name, options in {"a": ["linear_probe"], "b": ["linear_probe", "knn", *more]}.items():
         done = attack(run, tmp_path / name, "--cache_dir", str(shared), "--attacks", *options)
         assert done.returncode == 0, done.stderr[-3000:]
     few, many = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ab")
     assert set(many["starts"]) == {"protected", "unprotected", "reference"}
     assert many["starts"]["protected"]["linear_probe"] == few["starts"]["protected"]["linear_probe"]
-    assert len(list(shared.iterdir())) < few["fits"] + many["fits"]
+    third = many["third_domain"]
+    assert third["name"] == "syn"
+    assert {start: list(found) for start, found in third["starts"].items()} == {
+        key: ["dense"] for key in many["starts"]
+    }
+    assert (tmp_path / "b" / "table.md").read_text().splitlines()[-1].startswith("| third domain syn: dense | ")
+    assert len(list(shared.iterdir())) < few["fits"] + many["fits"] + third["fits"]
     assert not (tmp_path / "b" / "fits").exists()
 
 

@@ -386,7 +386,7 @@ def write(results: dict[str, Any], out: Path) -> None:
     plot(results, out / "strength.png")
     for name, full in results["full_suite"].items():
         stem = f"full_{name.replace('/', '_')}"
-        (out / f"{stem}.md").write_text(attacks_table(full["attacks"]) + "\n")
+        (out / f"{stem}.md").write_text(attacks_table(full["attacks"] | {"third_domain": full["third_domain"]}) + "\n")
         plot_attacks(full["attacks"], out / f"{stem}.png", f"All attacks on {name}")
 
 

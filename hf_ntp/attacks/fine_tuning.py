@@ -71,7 +71,7 @@ class FineTuning(Attack):
         return head_mismatch(model, num_labels) if self.keep_head else None
 
     @property
-    def uses_head(self) -> bool:  # type: ignore[override]
+    def uses_head(self) -> bool:  # type: ignore[override]  # of most attacks it is an attribute of the class
         """Whether the own head is kept."""
         return self.keep_head
 

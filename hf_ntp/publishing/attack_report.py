@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,19 @@ def attacks_table(results: Mapping[str, Any]) -> str:
 
     Under "at edge" is for how many points of its curves the protected model's attacker chose the first or last value
     of the grid, extensions included: one that goes further might get more. Controls have no worst case where they
-    went through fewer attacks.
+    went through fewer attacks. The last row is of the third domain, where there is one.
 
     Args:
-        results: What :func:`hf_ntp.evaluation.suite.run_attacks` returns.
+        results: What :func:`hf_ntp.evaluation.suite.run_attacks` returns; "third_domain" may be what it returns for
+            a domain that is neither authorized nor unauthorized, with its "name".
     """
     protected, unprotected = results["starts"]["protected"], results["starts"].get("unprotected", {})
     controls = [start for start in results["starts"] if start not in ("protected", "unprotected")]
-    points = len(results["sample_sizes"]) * len(results["seeds"])
     head = ["attack", "unprotected", "protected", "95 % interval", "retained", "at edge", *controls]
     rows = [head, ["---", *("---:" for _ in head[1:])]]
-    for name in sorted(protected, key=lambda name: -protected[name]["normalized"]):
-        low, high = protected[name]["ci"]["normalized"]
-        rows.append(
-            [
-                name,
-                _area(unprotected.get(name)),
-                _area(protected[name]),
-                f"[{low:+.3f}, {high:+.3f}]" if low is not None else "",
-                _percent(results["retained_transfer"]["protected"][name]),
-                f"{edge} of {points}" if (edge := protected[name]["at_edge"]) else "",
-                *(_area(results["starts"][start].get(name)) for start in controls),
-            ]
-        )
+    rows += [
+        _row(name, name, results, controls) for name in sorted(protected, key=lambda n: -protected[n]["normalized"])
+    ]
     worst = results["worst_case"]
     rows.append(
         [
@@ -54,7 +44,27 @@ def attacks_table(results: Mapping[str, Any]) -> str:
             ),
         ]
     )
+    if third := results.get("third_domain"):
+        rows += [
+            _row(name, f"third domain {third['name']}: {name}", third, controls)
+            for name in third["starts"]["protected"]
+        ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _row(name: str, title: str, results: Mapping[str, Any], controls: Sequence[str]) -> list[str]:
+    starts = results["starts"]
+    entry = starts["protected"][name]
+    (low, high), edge = entry["ci"]["normalized"], entry["at_edge"]
+    return [
+        title,
+        _area(starts.get("unprotected", {}).get(name)),
+        _area(entry),
+        f"[{low:+.3f}, {high:+.3f}]" if low is not None else "",
+        _percent(results["retained_transfer"]["protected"][name]),
+        f"{edge} of {len(results['sample_sizes']) * len(results['seeds'])}" if edge else "",
+        *(_area(starts.get(start, {}).get(name)) for start in controls),
+    ]
 
 
 def _area(entry: Mapping[str, Any] | None) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from peft import PeftModel
@@ -323,7 +322,13 @@ class NTPTrainer(Trainer):
 
     @staticmethod
     def _check_fit(network: PreTrainedModel, args: NTPConfig, rows: int) -> None:
-        """Raise ``ValueError`` for what would only fail amid training."""
+        """Raise ``ValueError`` for what would only fail amid training, or train nothing."""
+        step = args.per_device_train_batch_size * args.world_size
+        if args.dataloader_drop_last and rows < step:
+            raise ValueError(
+                f"dataloader_drop_last is on and {rows} rows are no whole batch of {step}: no step would be taken; "
+                "needed: as many rows as a batch has. Set it to False, or lower per_device_train_batch_size."
+            )
         if args.attackers and args.attacker_weight and args.attacker_informed:
             blocks_of(network)
         if not has_batch_norm(network):
@@ -669,8 +674,6 @@ class NTPTrainer(Trainer):
         return super().get_test_dataloader(self._as_pixels(test_dataset, "test_dataset"))
 
     def _as_pixels(self, data: Any, name: str) -> Any:
-        if not isinstance(data, datasets.Dataset):
-            return data
         processor: Any = self.processing_class
         return as_pixels(data, processor, name, labelled=not self._headless)
 

@@ -39,6 +39,14 @@ def test_the_table_in_full(results):
     ]
 
 
+def test_the_third_domain_has_the_last_row(results):
+    third = {"starts": {"protected": {"dense": entry(-0.04, -0.1, 0.02)}, "unprotected": {"dense": entry(0.1)}}}
+    third |= {"name": "syn", "retained_transfer": {"protected": {"dense": -0.4}}}
+    rows = attacks_table(results | {"third_domain": {**third, "sample_sizes": [10], "seeds": [0]}}).splitlines()
+    assert rows[:-1] == attacks_table(results).splitlines()
+    assert rows[-1] == "| third domain syn: dense | +0.100 | -0.040 | [-0.100, +0.020] | -40 % |  |  |"
+
+
 def test_a_table_without_an_unprotected_model(results):
     del results["starts"]["unprotected"], results["worst_case"]["unprotected"]
     results["retained_transfer"]["protected"] = {"dense": None, "lora": None}

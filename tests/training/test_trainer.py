@@ -214,6 +214,8 @@ def test_a_stream_of_images_is_refused_before_training(tmp_path):
     data = datasets.IterableDataset.from_generator(lambda: iter(()), features=features)
     with pytest.raises(ValueError, match="eval_dataset is a stream of images"):
         trainer(tmp_path, evaluation=data)
+    with pytest.raises(ValueError, match="test_dataset is a stream of images"):
+        trainer(tmp_path).predict(data)
 
 
 def test_a_checkpoint_of_other_evaluation_data_is_refused(tmp_path):
