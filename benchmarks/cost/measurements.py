@@ -60,7 +60,7 @@ FISHER_IMAGES = 256
 CLASSES, WIDTHS = (10, 100, 1000), (128, 512, 2048)
 REFERENCE_WIDTH = 512
 """Wider, the whitened reference keeps more matrices for its backward pass than most machines can hold."""
-SWEEP_STEPS, GPU_SWEEP_STEPS = 200, 60
+SWEEP_STEPS, GPU_SWEEP_STEPS = 200, 100
 PUBLISHED_SPARSITY = 0.95
 PRETRAIN_STEPS, PROTECTION_STEPS, ATTACK_STEPS = 1500, 1500, 300
 

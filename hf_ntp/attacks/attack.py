@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -104,8 +104,6 @@ class Attack(ABC):
     """Whether :attr:`Loot.source` has to be there."""
     uses_head: ClassVar[bool] = False
     """Whether the checkpoint's own head names the target's classes, which then have to be its own."""
-    combines: ClassVar[bool] = False
-    """Whether :meth:`fit_together` is faster than one after another where an accelerator does the work."""
 
     def settings(self) -> dict[str, Any]:
         """JSON-ready fields: what a cached result depends on."""
@@ -134,13 +132,19 @@ class Attack(ABC):
             The attacker's classifier.
         """
 
+    def joint_key(self) -> Hashable:
+        """Attacks of one class and equal keys can be trained as one by :meth:`fit_together`; None where it cannot."""
+        return None
+
+    @classmethod
     def fit_together(
-        self,
+        cls,
+        attacks: Sequence[Any],
         models: Sequence[PreTrainedModel],
         loots: Sequence[Loot],
         protocol: FineTuneProtocol,
         values: Sequence[float],
         seeds: Sequence[int],
     ) -> list[Predict]:
-        """Run the attack on several models of one architecture; each gets what :meth:`fit` would have given it."""
-        return [self.fit(*each) for each in zip(models, loots, [protocol] * len(models), values, seeds, strict=True)]
+        """Run attacks, each on a model of its own, all of one architecture; each gives what :meth:`fit` would."""
+        raise NotImplementedError(f"{cls.__name__} has a joint_key and no fit_together; needed: both or neither.")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, get_scheduler
 from ..models import find_head, has_batch_norm, noted_prunable_weights, replace_head
 from .attack import Attack, FineTuneProtocol, Loot, Predict, head_mismatch
 from .changes import CHANGES
-from .ensemble import joint_cross_entropy
+from .ensemble import Ensemble
 
 # SGD with momentum needs rates about this much higher than Adam's for steps of a similar length.
 _SGD_RATE_FACTOR = 10.0
@@ -45,7 +45,6 @@ class FineTuning(Attack):
     trained: str = "all"
     optimizer: str = "adamw"
     longer: int = 1
-    combines: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -83,8 +82,14 @@ class FineTuning(Attack):
         train(model, parameters, loss, protocol, value, seed, steps, self.optimizer, masks)
         return predictor(model)
 
+    def joint_key(self) -> Hashable:
+        """What attacks have to have in common to be run as one."""
+        return self.optimizer, self.longer, self.trained, "keep_statistics" in self.changes
+
+    @classmethod
     def fit_together(
-        self,
+        cls,
+        attacks: Sequence[FineTuning],
         models: Sequence[PreTrainedModel],
         loots: Sequence[Loot],
         protocol: FineTuneProtocol,
@@ -93,18 +98,35 @@ class FineTuning(Attack):
     ) -> list[Predict]:
         """Fine-tune all models in place at once; see :class:`Attack`.
 
-        The results are those of single fits up to rounding. Batches have to be of one size, models without dropout.
+        The results are those of single fits up to rounding. Models have no dropout, and those with BatchNorm batches
+        of one size.
         """
-        prepared = [self._prepare(*each) for each in zip(models, loots, seeds, strict=True)]
-        groups = [{"params": ours, "lr": rate} for (ours, _), rate in zip(prepared, values, strict=True)]
+        fits = zip(attacks, models, loots, seeds, strict=True)
+        masks = [pair for attack, model, loot, seed in fits for pair in attack._prepare(model, loot, seed)[1]]
         batches = [
             batches_of(len(loot.labels), protocol.batch_size, seed) for loot, seed in zip(loots, seeds, strict=True)
         ]
-        loss = joint_cross_entropy(models, loots, lambda: [next(each) for each in batches])
-        masks = [pair for _, ours in prepared for pair in ours]
-        steps = self.longer * protocol.steps
-        everything = nn.ModuleList(models)
-        train(everything, groups, loss, protocol, values[0], seeds[0], steps, self.optimizer, masks, keep_grad=True)
+        if has_batch_norm(models[0]) and len({min(protocol.batch_size, len(loot.labels)) for loot in loots}) > 1:
+            raise RuntimeError(
+                "BatchNorm would see rows that fill up the smaller batches; needed: batches of one size."
+            )
+        # Equal rates side by side: an optimizer has few tensors then.
+        order = sorted(range(len(models)), key=values.__getitem__)
+        together = Ensemble([models[i] for i in order], [loots[i] for i in order])
+        groups = together.parameter_groups([values[i] for i in order])
+        first = attacks[0]
+        train(
+            nn.ModuleList(models),
+            groups,
+            lambda: together.loss([next(batches[i]) for i in order]),
+            protocol,
+            values[0],
+            seeds[0],
+            first.longer * protocol.steps,
+            first.optimizer,
+            masks,
+            keep_grad=True,
+        )
         return [predictor(model) for model in models]
 
     def _prepare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -23,7 +24,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..attacks import Attack, FineTuneProtocol, Loot, Predict
 from ..data import PixelDataset, check_pixels, nested_subsets
-from ..models import load_model
+from ..models import has_batch_norm, load_model
 from .arms import Arm
 from .cache import ResultCache, checkpoint_digest, content_key, local_folder
 from .claims import POLL, Claims
@@ -165,7 +166,7 @@ def sample_wise_learning_curves(
         cache_dir: Where finished fits are kept; None keeps nothing, and shares nothing with other processes.
         jobs: Fits at a time in this process; default one per core that it has, or one where an accelerator does the
             work. More of them share it, each in a process of its own.
-        together: Fits of one attack and architecture that are trained as one model, at most (`torch.func.vmap`);
+        together: Fits of like attacks and one architecture that are trained as one model, at most (`torch.func.vmap`);
             default one on CPUs, which gain nothing, and as many as have 20 million weights, at most 32, on an
             accelerator, which small models leave mostly idle. Their results are those of single fits up to rounding.
 
@@ -323,8 +324,12 @@ class _Sweep:
         most = {arm: self._most_together(arm) for arm in dict.fromkeys(fit.arm for fit in fits)}
         alike: dict[Hashable, list[_Fit]] = {}
         for fit in fits:
-            kind = (fit.arm.attack, self.describe.architecture(fit.arm), min(fit.size, self.protocol.batch_size))
-            alike.setdefault(kind if most[fit.arm] > 1 else fit, []).append(fit)
+            kind: Hashable = fit
+            if most[fit.arm] > 1:
+                size = min(fit.size, self.protocol.batch_size) if self.describe.has_batch_norm(fit.arm) else None
+                attack = fit.arm.attack
+                kind = type(attack), attack.joint_key(), self.describe.architecture(fit.arm), size
+            alike.setdefault(kind, []).append(fit)
         batches = []
         for group in alike.values():
             size = most[group[0].arm]
@@ -332,7 +337,7 @@ class _Sweep:
         return batches
 
     def _most_together(self, arm: Arm) -> int:
-        if not arm.attack.combines or self.describe.has_dropout(arm):  # which each draws from a seed of its own
+        if arm.attack.joint_key() is None or self.describe.has_dropout(arm):  # which each draws from a seed of its own
             return 1
         if self.together is not None or not torch.accelerator.is_available():
             return self.together or 1
@@ -399,7 +404,12 @@ def _fit(
 ) -> list[Accuracies]:
     attack = fits[0].arm.attack
     with _quick_and_quiet():
-        models = [_load(fit) for fit in fits]
+        starts: dict[tuple[Arm, int], PreTrainedModel] = {}
+        models = []
+        for fit in fits:
+            start = starts.get((fit.arm, fit.seed))
+            models.append(_load(fit) if start is None else copy.deepcopy(start))
+            starts.setdefault((fit.arm, fit.seed), models[-1])
         source = data.source.tensors() if attack.needs_source and data.source is not None else None
         held = {(fit.seed, fit.size): data.train.tensors(own) for fit, own in zip(fits, rows, strict=True)}
         loots = [Loot(*held[fit.seed, fit.size], data.num_labels, source, data.train) for fit in fits]
@@ -407,7 +417,8 @@ def _fit(
         if len(fits) == 1:
             predicts = [attack.fit(models[0], loots[0], protocol, values[0], seeds[0])]
         else:
-            predicts = attack.fit_together(models, loots, protocol, values, seeds)
+            attacks = [fit.arm.attack for fit in fits]
+            predicts = type(attack).fit_together(attacks, models, loots, protocol, values, seeds)
         return [_accuracies(each, data) for each in predicts]
 
 
@@ -453,6 +464,7 @@ class _Describer:
         self._starts: dict[Arm, dict[str, object]] = {}
         self._configs: dict[str, dict[str, Any]] = {}
         self._architectures: dict[str, str] = {}
+        self._models: dict[str, PreTrainedModel] = {}
 
     def _config(self, arm: Arm) -> dict[str, Any]:
         if arm.checkpoint not in self._configs:
@@ -466,11 +478,21 @@ class _Describer:
             self._architectures[arm.checkpoint] = content_key(config)
         return self._architectures[arm.checkpoint]
 
+    def _model(self, arm: Arm) -> PreTrainedModel:
+        """Model of an arm's architecture without values."""
+        key = self.architecture(arm)
+        if key not in self._models:
+            with torch.device("meta"):
+                self._models[key] = load_model(arm.checkpoint, random_init=True)
+        return self._models[key]
+
     def weights(self, arm: Arm) -> int:
         """Number of weights of an arm's architecture, however they are stored."""
-        with torch.device("meta"):
-            model = load_model(arm.checkpoint, random_init=True)
-        return sum(parameter.numel() for parameter in model.parameters())
+        return sum(parameter.numel() for parameter in self._model(arm).parameters())
+
+    def has_batch_norm(self, arm: Arm) -> bool:
+        """Whether a fit depends on which other images are in a batch."""
+        return has_batch_norm(self._model(arm))
 
     def has_dropout(self, arm: Arm) -> bool:
         """Whether the config of an arm's checkpoint has any kind of dropout switched on."""

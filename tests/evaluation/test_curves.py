@@ -330,18 +330,17 @@ def test_fits_trained_as_one_give_the_same_curves(attack, checkpoints, tmp_path,
     single = sample_wise_learning_curves(arms, attack, [6, 12, 24], [0, 1], QUICK, jobs=1)
     real, batches = FineTuning.fit_together, []
 
-    def noted(self, models, loots, *args):
-        batches.append((self.keep_mask, len(models), {min(8, len(loot.labels)) for loot in loots}))
-        return real(self, models, loots, *args)
+    def noted(attacks, models, loots, *args):
+        batches.append((len(models), {attack.keep_mask for attack in attacks}, {len(loot.labels) for loot in loots}))
+        return real(attacks, models, loots, *args)
 
     monkeypatch.setattr(FineTuning, "fit_together", noted)
     joint = sample_wise_learning_curves(
         arms, attack, [6, 12, 24], [0, 1], QUICK, tmp_path / "fits", jobs=1, together=8
     )
     assert joint.fits == single.fits == len(list((tmp_path / "fits").iterdir()))
-    assert all(most <= 8 and len(sizes) == 1 for _, most, sizes in batches)
-    # Tuning: 3 arms x 2 rates x (2 sizes with full batches, 1 without) without mask, 1 arm that keeps it.
-    assert sorted(batches[:5]) == [(False, 4, {8}), (False, 6, {6}), (False, 8, {8}), (True, 2, {6}), (True, 4, {8})]
+    # Tuning: 4 arms x 3 sizes x 2 rates, whatever the size of their batches and whether a mask is kept.
+    assert batches[:3] == [(8, {False, True}, {24}), (8, {False, True}, {12}), (8, {False, True}, {6})]
     for name, accuracies in single.accuracies.items():
         # 12 test images: rounding may turn one of them.
         assert np.abs(np.subtract(accuracies, joint.accuracies[name])).max() <= 1 / 12 + 1e-9
