@@ -70,17 +70,17 @@ FEED: dict[str, Any] = {"dataloader_num_workers": 6, "dataloader_pin_memory": Tr
 
 
 class RandomImages(Dataset):
-    """Images in memory: reading them costs all trainers the same."""
+    """Images in memory: reading them costs all trainers the same. More rows than a run takes: no epoch ends in it."""
 
-    def __init__(self, image_size: int, rows: int = 2000) -> None:
-        self.images = torch.randn(min(rows, 10**8 // image_size**2), 3, image_size, image_size)
-        self.labels = torch.randint(0, len(LABELS), (len(self.images),))
+    def __init__(self, image_size: int, rows: int = 8000) -> None:
+        self.images = torch.randn(min(2000, 3 * 10**7 // image_size**2), 3, image_size, image_size)
+        self.labels = torch.randint(0, len(LABELS), (rows,))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"pixel_values": self.images[index], "labels": int(self.labels[index])}
+        return {"pixel_values": self.images[index % len(self.images)], "labels": int(self.labels[index])}
 
 
 @cache

@@ -4,7 +4,7 @@
 
 (from the root of the repository; a quarter of an hour on 2 cores.) Rewrites results.json, table.md, cost.png and the
 table in the README.
-`--gpu` measures on a GPU instead: steps of ViT-B/16 and ResNet-50 at 224 pixels, the terms, a sweep (five minutes).
+`--gpu` measures on a GPU instead: steps of ViT-B/16 and ResNet-50 at 224 pixels, the terms, a sweep.
 `--only step admm` measures some sections again and keeps the others, and `--recipe` alone measures the peak memory of
 the default recipe.
 """
