@@ -162,6 +162,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     if arguments.third_dataset is not None:
         third = hf_ntp.load_domain(arguments.third_dataset)
         check_target(third["train"]["label"], "the third domain")
+        for seed in arguments.seeds:  # too few images are an error now, not after hours
+            hf_ntp.nested_subsets(third["train"]["label"], arguments.sample_sizes, seed)
         elsewhere = hf_ntp.AttackData(
             *(hf_ntp.PixelDataset.from_dataset(third[split], processor) for split in ("train", "validation", "test"))
         )
@@ -207,9 +209,10 @@ def main(argv: list[str]) -> dict[str, Any]:
         staged.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     (run / "table.md").write_text(table + "\n")
     plot_attacks(results, run / "attacks.png", f"{arguments.checkpoint} on {arguments.target_dataset}")
-    for start, reasons in results["not_run"].items():
-        for name, reason in reasons.items():
-            print(f"not run on {start}: {name} ({reason})")
+    for where, part in {"": results, ", third domain": results.get("third_domain", {})}.items():
+        for start, reasons in part.get("not_run", {}).items():
+            for name, reason in reasons.items():
+                print(f"not run on {start}{where}: {name} ({reason})")
     print(
         f"\n{table}\n\nSLC-AUC, normalized: mean accuracy gap to scratch with the same images. Everything is in {run}"
     )

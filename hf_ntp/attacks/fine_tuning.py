@@ -106,7 +106,9 @@ class FineTuning(Attack):
         batches = [
             batches_of(len(loot.labels), protocol.batch_size, seed) for loot, seed in zip(loots, seeds, strict=True)
         ]
-        if has_batch_norm(models[0]) and len({min(protocol.batch_size, len(loot.labels)) for loot in loots}) > 1:
+        first = attacks[0]
+        batch_norm = has_batch_norm(models[0]) and "keep_statistics" not in first.changes
+        if batch_norm and len({min(protocol.batch_size, len(loot.labels)) for loot in loots}) > 1:
             raise RuntimeError(
                 "BatchNorm would see rows that fill up the smaller batches; needed: batches of one size."
             )
@@ -114,7 +116,6 @@ class FineTuning(Attack):
         order = sorted(range(len(models)), key=values.__getitem__)
         together = Ensemble([models[i] for i in order], [loots[i] for i in order])
         groups = together.parameter_groups([values[i] for i in order])
-        first = attacks[0]
         train(
             nn.ModuleList(models),
             groups,

@@ -328,7 +328,7 @@ class _Sweep:
             if most[fit.arm] > 1:
                 size = min(fit.size, self.protocol.batch_size) if self.describe.has_batch_norm(fit.arm) else None
                 attack = fit.arm.attack
-                kind = type(attack), attack.joint_key(), self.describe.architecture(fit.arm), size
+                kind = type(attack), attack.joint_key(), self.describe.forward(fit.arm), size
             alike.setdefault(kind, []).append(fit)
         batches = []
         for group in alike.values():
@@ -493,6 +493,11 @@ class _Describer:
     def has_batch_norm(self, arm: Arm) -> bool:
         """Whether a fit depends on which other images are in a batch."""
         return has_batch_norm(self._model(arm))
+
+    def forward(self, arm: Arm) -> Hashable:
+        """What decides how an arm's model computes, besides its weights."""
+        notes = self._config(arm).get("ntp") or {}
+        return self.architecture(arm), notes.get("encoder_name"), notes.get("head_name")
 
     def has_dropout(self, arm: Arm) -> bool:
         """Whether the config of an arm's checkpoint has any kind of dropout switched on."""

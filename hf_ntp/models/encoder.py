@@ -18,6 +18,8 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
+from .sharding import whole
+
 _WEIGHT_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -184,8 +186,8 @@ def blocks_of(model: PreTrainedModel) -> list[str]:
 
 
 def zero_fraction(weights: Sequence[Tensor]) -> float:
-    """Sparsity: the share of exact zeros among all entries of ``weights``."""
-    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    """Sparsity: the share of exact zeros among all entries of ``weights``, which may be shards."""
+    zeros = sum(int(whole((weight == 0).sum())) for weight in weights)
     return zeros / sum(weight.numel() for weight in weights)
 
 

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..models import plain_model
+from ..models.sharding import cut_like
 from ..run_folder import differences
 from .attackers import AttackerPool
 from .pruning import ADMMPruner
-from .sharding import cut_like
 from .target_head import TargetHead
 
 TENSORS_FILE = "ntp_state.safetensors"

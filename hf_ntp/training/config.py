@@ -16,7 +16,7 @@ _FREE = {
     "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "eval_on_start",
     "per_device_eval_batch_size", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_strategy",
     "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "dataloader_num_workers", "local_rank",
-    "logging_nan_inf_filter",
+    "logging_nan_inf_filter", "fsdp", "fsdp_config",
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -43,9 +43,9 @@ def check_processes(
         )
     if args.fsdp and kind != DistributedType.FSDP:
         raise ValueError(
-            f"fsdp is set and the processes work together as {kind.value}: Accelerate does not shard on CPUs, nor in "
-            "a process where a Trainer without fsdp came first; needed: GPUs, and fsdp for the first one. Leave fsdp "
-            "out for whole copies."
+            f"fsdp is set and the processes work together as {kind.value}: Accelerate does not shard on CPUs, nor "
+            "after a Trainer without fsdp that was made later than this NTPConfig; needed: GPUs, and an NTPConfig "
+            "made right before NTPTrainer. Leave fsdp out for whole copies."
         )
     if kind == DistributedType.FSDP and fsdp is not None:
         _check_sharding(args, fsdp)
@@ -93,12 +93,15 @@ def _check_sharding(args: NTPConfig, fsdp: FullyShardedDataParallelPlugin) -> No
         )
     if args.torch_compile:
         raise ValueError("FSDP would shard the model, and torch_compile is on; needed: one of them. Leave one out.")
+    by_size, by_layer = fsdp.auto_wrap_policy is size_based_auto_wrap_policy, "TRANSFORMER_BASED_WRAP"
     # What transformers chooses with fsdp=True; `accelerate config` asks for each.
     settings = {
         "fsdp_version": (fsdp.fsdp_version, 2),
         "fsdp_state_dict_type": (fsdp.state_dict_type.name, "FULL_STATE_DICT"),
         "fsdp_cpu_ram_efficient_loading": (bool(fsdp.cpu_ram_efficient_loading), False),
         "fsdp_offload_params": (isinstance(fsdp.cpu_offload, CPUOffloadPolicy), False),
+        "fsdp_activation_checkpointing": (bool(fsdp.activation_checkpointing), False),
+        "fsdp_auto_wrap_policy": ("SIZE_BASED_WRAP" if by_size else by_layer, by_layer),
     }
     if wrong := {name: pair for name, pair in settings.items() if pair[0] != pair[1]}:
         raise ValueError(
@@ -122,11 +125,17 @@ def choose_units(model: PreTrainedModel, fsdp: FullyShardedDataParallelPlugin) -
     except NotImplementedError as error:
         raise ValueError(
             f"FSDP would shard {type(model).__name__}, which Accelerate cannot: it has no get_input_embeddings(); "
-            "needed: a transformer, or whole copies. Leave fsdp out (`accelerate launch --multi_gpu`)."
+            "needed: a model that has it, or whole copies. Leave fsdp out (`accelerate launch --multi_gpu`)."
         ) from error
     if fsdp.auto_wrap_policy is transformer_auto_wrap_policy and fsdp.transformer_cls_names_to_wrap is None:
-        around = {type(module).__name__ for module in model.modules() if embedding in module.children()}
-        fsdp.transformer_cls_names_to_wrap = sorted(set(model._no_split_modules or ()) - around)
+        classes = {type(module).__name__ for module in model.modules()}
+        around = {
+            type(module).__name__
+            for module in model.modules()
+            if module is not embedding and any(part is embedding for part in module.modules())
+        }
+        # The list may name layers of other models of the family.
+        fsdp.transformer_cls_names_to_wrap = sorted(classes & set(model._no_split_modules or ()) - around)
 
 
 class _Gather(torch.autograd.Function):

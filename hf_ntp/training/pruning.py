@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..functional import (
     GlobalSelector,
@@ -26,8 +27,8 @@ from ..functional import (
     soft_dual,
     soft_threshold,
 )
+from ..models.sharding import cut_like, shard, sum_over_shards, whole
 from .arguments import parse_n_m
-from .sharding import cut_like, shard, sum_over_shards, whole
 
 
 class ZStep(NamedTuple):
@@ -255,24 +256,19 @@ class ADMMPruner:
             )
 
     @torch.no_grad()
-    def zero_fraction(self) -> float:
-        """Share of exact zeros among all weights."""
-        weights = list(self.weights.values())
-        zeros = torch.stack([(shard(weight) == 0).sum() for weight in weights]).sum()
-        return int(sum_over_shards(zeros, weights[0])) / sum(self._sizes())
-
-    @torch.no_grad()
     def move_to(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Go on with the same weights in other tensors: on another device, cut into shards, or whole again."""
         self.weights = dict(weights)
         for name, weight in self.weights.items():
-            # Not a view of what is let go of.
             self.stored[name] = cut_like(whole(self.stored[name]).to(weight.device), weight).clone()
         self._present = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """State tensors by weight name, whole, for a checkpoint; with :meth:`scalars` they are the whole state."""
-        return {name: whole(stored) for name, stored in self.stored.items()}
+        """State tensors by weight name, for a checkpoint; with :meth:`scalars` they are the whole state.
+
+        What lies in shards comes whole, on the CPU, on every rank.
+        """
+        return {name: whole(t).cpu() if isinstance(t, DTensor) else t for name, t in self.stored.items()}
 
     def scalars(self) -> dict[str, float | bool]:
         """JSON part of the state."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sharding import shard
+from ..models.sharding import shard
 
 
 class Reading(NamedTuple):

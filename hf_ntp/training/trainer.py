@@ -30,7 +30,7 @@ from transformers import (
     TrainerState,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from ..data import fingerprint_of
 from ..interruption import KeptSignals
@@ -53,8 +53,10 @@ from ..models import (
     separate_batch_norms,
     stage_tokens,
     with_head,
+    zero_fraction,
 )
 from ..models.adapters import with_adapter  # not of the package: only who needs it waits for peft
+from ..models.sharding import whole
 from ..run_folder import remove, writing
 from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
@@ -77,7 +79,6 @@ from .paired_data import (
 )
 from .pruning import ADMMPruner, check_names, check_pattern
 from .pseudo_labels import with_clusters
-from .sharding import whole
 from .target_head import TargetHead
 from .terms import Reading, Terms, not_finite
 
@@ -286,6 +287,11 @@ class NTPTrainer(Trainer):
         check_processes(args, self.accelerator.distributed_type, network, fsdp)
         if fsdp is not None:
             choose_units(network, fsdp)
+            if optimizers[0] is not None:
+                raise ValueError(
+                    "FSDP would shard a copy of the model, and the optimizer that is given holds the model's own "
+                    "weights; needed: none. Choose one with NTPConfig(optim=...)."
+                )
         self.heads = {
             name: TargetHead(head.in_features, int(labels.max()) + 1, args.target_head_learning_rate, args.seed)
             for name, labels in self.target_labels.items()
@@ -317,6 +323,7 @@ class NTPTrainer(Trainer):
         self._terms = self._new_terms()
         self._signals = KeptSignals()
         self._leaving = self._ended = self._staging = False
+        self._whole: PreTrainedModel | None = None
         # Before those of the user, who may save the model when training ends.
         self.callback_handler.callbacks.insert(0, PruningCallback(self))
 
@@ -467,6 +474,7 @@ class NTPTrainer(Trainer):
         """Take up the weights as they are now; say so if the run is too short for its pruning to be gradual."""
         if self.is_fsdp_enabled:  # Accelerate has put shards in the place of the parameters
             self._find_parts()
+            self.pruner.move_to(self.prunable)
         due = sum(self._is_due(step, max_steps) for step in range(1, max_steps + 1))
         if due < _FEW_Z_STEPS and self.args.sparsity:
             logger.warning(
@@ -481,22 +489,39 @@ class NTPTrainer(Trainer):
             )
 
     def _find_parts(self) -> None:
-        """Find what is pruned and looked at in a model whose parameters, or which itself, has been replaced."""
+        """Find what is pruned and looked at in a model that, or whose parameters, has been replaced."""
         self._head = find_head(self.model, self._head_name)[1]
         self._batch_norms = batch_norms(self.model)
         include, exclude = self.args.prune_include, self.args.prune_exclude
         self.prunable = prunable_weights(self.model, include, exclude, self._head_name)
-        self.pruner.move_to(self.prunable)
 
-    @torch.no_grad()
-    def _gather(self, model: PreTrainedModel) -> None:
-        """Let ``model``, a whole copy, take the place of the sharded one, with its weights."""
-        into = model.state_dict()
-        for name, tensor in self.model.state_dict().items():
-            into[name].copy_(whole(tensor))
-        model.config.ntp = self.model.config.ntp
-        self.model = self.model_wrapped = nn.Module.to(model, self.args.device)
-        self._find_parts()
+    @contextmanager
+    def _sharding(self) -> Iterator[None]:
+        """Under FSDP, let a copy of the model be sharded and trained; the model itself gets the weights at the end."""
+        if not self.is_fsdp_enabled:
+            yield
+            return
+        self._whole = model = self.model
+        self.model = self.model_wrapped = copy.deepcopy(model)
+        finished = False
+        try:
+            yield
+            with torch.no_grad():
+                into = model.state_dict()
+                for name, tensor in self.model.state_dict().items():
+                    into[name].copy_(whole(tensor))
+            model.config.ntp = self.model.config.ntp
+            finished = True
+        finally:
+            # The next training, or evaluation, begins with the whole model again.
+            self.accelerator.free_memory()
+            self.model = self.model_wrapped = self.callback_handler.model = model
+            self.optimizer = self.lr_scheduler = None
+            self._whole, self.is_in_train = None, False
+            self._find_parts()
+        if finished:  # if not, ranks do not wait for each other any more
+            nn.Module.to(model, self.args.device)
+            self.pruner.move_to(self.prunable)
 
     def _is_due(self, step: int, max_steps: int) -> bool:
         """Whether a Z-step follows optimizer step ``step``."""
@@ -540,7 +565,7 @@ class NTPTrainer(Trainer):
 
     def _finish_pruning(self) -> None:
         self.pruner.finish()
-        self._pruning_log["sparsity"] = torch.tensor(self.pruner.zero_fraction())
+        self._pruning_log["sparsity"] = torch.tensor(zero_fraction(list(self.prunable.values())))
 
     def complete_pruning(self) -> None:
         """Prune to the requested sparsity if training stopped before it was reached, and note it in the config."""
@@ -566,7 +591,7 @@ class NTPTrainer(Trainer):
         """Note in the config what was pruned: whoever has the weights needs it to tell zeros that are meant."""
         self.model.config.ntp = {
             "method": "non-transferable-pruning",
-            "sparsity": self.pruner.zero_fraction(),
+            "sparsity": zero_fraction(list(self.prunable.values())),
             "requested_sparsity": self.args.sparsity,
             "prune_include": self.args.prune_include,
             "prune_exclude": self.args.prune_exclude,
@@ -615,7 +640,8 @@ class NTPTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does; pruning starts anew from the present weights, or from the checkpoint's state.
 
-        Where FSDP shards the model while it trains, it is whole again on every process afterwards.
+        Under FSDP a copy of the model is sharded and trained, and :attr:`model` has its weights afterwards, whole on
+        every process. Callbacks see the copy: they save it with ``save_model``.
 
         Raises:
             ValueError: If ``output_dir`` holds checkpoints of another run, or the one to resume is of another run.
@@ -647,18 +673,37 @@ class NTPTrainer(Trainer):
             self._guard.check_original(self.train_dataset.source)
         self._pruning_log, self._terms = {"sparsity": torch.zeros(())}, self._new_terms()
         self._attacked, self._leaving, self._ended = {}, False, False
-        whole_model = copy.deepcopy(self.model) if self.is_fsdp_enabled else None
         # A head beside features that are matched gets no gradient, for which DDP would wait.
-        with frozen(self._head) if self._matches_features else nullcontext(), KeptSignals() as self._signals:
-            found = super().train(resume_from_checkpoint, *args, **kwargs)
-        if whole_model is not None:
-            self._gather(whole_model)
-        return found
+        fixed = frozen(self._head) if self._matches_features else nullcontext()
+        with fixed, self._sharding(), KeptSignals() as self._signals:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; no epoch is left where the checkpoint is that of the last step: Trainer would take one more."""
         epochs, *rest = super().set_initial_training_values(*args, **kwargs)
         return (0 if self._ended else epochs, *rest)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's; FSDP does not shard the model for it."""
+        with self._between_trainings():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's; under FSDP, training gathers the weights from all processes, which all have to call it then."""
+        with self._between_trainings():
+            super().save_model(*args, **kwargs)
+
+    @contextmanager
+    def _between_trainings(self) -> Iterator[None]:
+        """Keep Trainer from sharding or gathering a model that is whole."""
+        sharded = self.is_fsdp_enabled
+        if sharded and self._whole is None:
+            nn.Module.to(self.model, self.args.device)
+            self.is_fsdp_enabled = False
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = sharded
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Trainer's choice less the prunable weights: the ADMM penalty is their only shrinkage."""
@@ -776,6 +821,10 @@ class NTPTrainer(Trainer):
 
         if not blocking:
             raise ValueError("found blocking=False; needed: True. Call it in a thread of your own if need be.")
+        if self._whole is not None:
+            raise ValueError(
+                "the model is in shards while it trains (FSDP); needed: a whole one. Push it after train()."
+            )
         if not self.is_world_process_zero():
             return None
         repo_id = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
@@ -803,6 +852,7 @@ class NTPTrainer(Trainer):
         return {
             **self.args.fingerprint(),
             "world_size": self.args.world_size,
+            "sharded": self.is_fsdp_enabled,
             "data": prints,
             "original_weights": self._original_weights,
             "architecture": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import LoraConfig, get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, ViTModel
+from transformers import Trainer, TrainerCallback, ViTModel
 
 from hf_ntp.models import prunable_weights
 from hf_ntp.training.arguments import PRESETS
@@ -99,6 +100,37 @@ def run(name, folder, processes, device="cpu", resume=None, **more):
     return state, ours.state.log_history[:-1]
 
 
+class Break(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def life(folder, processes, device):
+    """What a sharded trainer is used for before, between and after trainings; of a model that keeps an adapter."""
+    base, data = tiny_vit(), Rows(seed=9)
+    users = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    options = {**SGD, **PRESETS["paper"], "sparsity": 0.6, "adapter": "keep", "fsdp": True, "max_steps": 4}
+    size = GLOBAL_BATCH // processes
+    ours = trainer(folder, users, per_device_train_batch_size=size, use_cpu=device == "cpu", **options)
+    losses = [ours.evaluate(data)["eval_loss"]]
+    breaking = Break()
+    ours.add_callback(breaking)
+    try:
+        ours.train()
+    except KeyboardInterrupt:
+        losses.append(ours.evaluate(data)["eval_loss"])  # as it was
+    ours.remove_callback(breaking)
+    for _ in range(2):
+        ours.train()
+        losses.append(ours.evaluate(data)["eval_loss"])
+    images, labels = (tensor.to(ours.args.device) for tensor in (data.images, data.labels))
+    with torch.no_grad():
+        logits = users.to(ours.args.device).eval()(images).logits
+    losses.append(float(torch.nn.functional.cross_entropy(logits, labels)))
+    ours.save_model(str(folder / "saved"))
+    return losses
+
+
 def gathered(tensors):
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().clone() for name, t in tensors}
 
@@ -160,4 +192,5 @@ if __name__ == "__main__":
         found["uninterrupted"] = run("paper", folder / "moments", processes, device, **sharded)
         last = str(folder / "moments" / "paper" / "checkpoint-4")
         found["resumed"] = run("paper", folder / "moments", processes, device, last, **sharded)
+        found["life"] = life(folder / "life", processes, device)
     torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")

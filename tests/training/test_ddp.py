@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import ViTForImageClassification
 
-from hf_ntp.models import noted_prunable_weights
+from hf_ntp.models import noted_prunable_weights, zero_fraction
 
 from .ddp_script import PATTERNS, RUNS, SHARDED, prune, run
 
@@ -106,6 +106,17 @@ def test_a_sharded_run_resumes_exactly(ranks, folder):
         assert torch.equal(weights[n] != 0, mask != 0)
 
 
+def test_the_life_of_a_sharded_trainer(ranks, folder):
+    """Evaluated, interrupted, trained, trained again: whole, and the user's, whose adapter goes on working."""
+    before, interrupted, once, twice, users = ranks[0]["life"]
+    assert ranks[1]["life"] == ranks[0]["life"]
+    assert interrupted == before
+    assert len({before, once, twice}) == 3
+    assert users == pytest.approx(twice, rel=1e-5)
+    saved = ViTForImageClassification.from_pretrained(folder / "life" / "saved")
+    assert zero_fraction(list(noted_prunable_weights(saved).values())) == pytest.approx(0.6, abs=1e-3)
+
+
 def test_checkpoints_are_whole(ranks, folder):
     assert (folder / "adaptive" / "checkpoint-8" / "ntp_state.safetensors").exists()
 
@@ -115,6 +126,9 @@ def test_checkpoints_are_whole(ranks, folder):
 def test_on_all_gpus(tmp_path):
     """NTPTrainer (DDP) and sharded pruning (FSDP2), one process per GPU: ranks agree, sparsity is exact."""
     first, *others = launch(tmp_path, "cuda", torch.cuda.device_count())
+    assert all(rank.pop("life") == first["life"] for rank in others)
+    before, interrupted, *_, twice, users = first.pop("life")
+    assert (interrupted, users) == pytest.approx((before, twice), rel=1e-3)
     for name, (state, _) in first.items():
         for other in others:
             for group, part in state.items():
