@@ -176,7 +176,7 @@ class NTPTrainer(Trainer):
         callbacks: As in Trainer.
         source_transform: Augmentation of authorized training batches: takes pixel values [N, 3, H, W] and a numpy
             Generator, its only source of randomness, and returns the same shape.
-        optimizers: As in Trainer.
+        optimizers: As in Trainer; none under FSDP.
 
     Raises:
         ValueError: For data or options that cannot work, before any training starts.

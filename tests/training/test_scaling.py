@@ -158,18 +158,22 @@ def test_fsdp_that_accelerate_would_leave_out_is_an_error():
 def test_how_fsdp_has_to_be_set_up(tmp_path, under_fsdp):
     trainer(tmp_path, attackers=0)
     under_fsdp |= {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True, "cpu_offload": True}
+    under_fsdp |= {"activation_checkpointing": True, "auto_wrap_policy": "SIZE_BASED_WRAP"}
     with pytest.raises(
         ValueError,
-        match="state_dict_type=SHARDED_STATE_DICT, fsdp_cpu_ram_efficient_loading=True, fsdp_offload_params=True; "
+        match="state_dict_type=SHARDED_STATE_DICT, fsdp_cpu_ram_efficient_loading=True, fsdp_offload_params=True, "
+        "fsdp_activation_checkpointing=True, fsdp_auto_wrap_policy=SIZE_BASED_WRAP; "
         "needed: fsdp_state_dict_type=FULL_STATE_DICT",
     ):
         trainer(tmp_path, attackers=0)
 
 
 def test_layers_around_the_embedding_are_no_units(tmp_path, under_fsdp):
-    """Accelerate would cut the patch embedding of a ViT twice; what the user says counts."""
-    ours = trainer(tmp_path, attackers=0)
-    assert set(ours.model._no_split_modules) == {"ViTEmbeddings", "ViTLayer"}
+    """Accelerate would cut the patch embedding of a ViT twice, and misses what is not there; the user's word counts."""
+    model = tiny_vit()
+    assert set(model._no_split_modules) == {"ViTEmbeddings", "ViTLayer"}
+    model._no_split_modules = {*model._no_split_modules, "TextLayer"}
+    ours = trainer(tmp_path, model, attackers=0)
     assert ours.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap == ["ViTLayer"]
     under_fsdp["transformer_cls_names_to_wrap"] = ["ViTAttention"]
     ours = trainer(tmp_path, attackers=0)
