@@ -169,7 +169,7 @@ def test_how_fsdp_has_to_be_set_up(tmp_path, under_fsdp):
 
 
 def test_layers_around_the_embedding_are_no_units(tmp_path, under_fsdp):
-    """Accelerate would cut the patch embedding of a ViT twice, and misses what is not there; the user's word counts."""
+    """Accelerate would cut the patch embedding of a ViT twice, and miss what is not there; the user's word counts."""
     model = tiny_vit()
     assert set(model._no_split_modules) == {"ViTEmbeddings", "ViTLayer"}
     model._no_split_modules = {*model._no_split_modules, "TextLayer"}
