@@ -173,14 +173,14 @@ class StepTimes(TrainerCallback):
 
 
 def seconds_per_step(name: str, kind: str, steps: int, images: int, **more: Any) -> float:
-    """Mean seconds of a step, Z-steps included, after a tenth of the steps to get warm."""
+    """Mean seconds of a step, Z-steps included, after a sixth of the steps to get warm (data workers start, too)."""
     build, size = (SMALL | LARGE)[name]
     watch = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(build(), size, options_of(kind, name), steps, images, folder, **more)
         trainer.add_callback(watch)
         trainer.train()
-    return statistics.mean(watch.times[len(watch.times) // 10 :])
+    return statistics.mean(watch.times[len(watch.times) // 6 :])
 
 
 def step() -> dict[str, Any]:
