@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.ssl import run as ssl
 from hf_ntp import FineTuneProtocol
+from hf_ntp.attacks import probes
 
 
 @pytest.fixture
@@ -18,8 +19,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(ssl, "SEEDS", (1,))
     monkeypatch.setattr(ssl, "SAMPLE_SIZES", (10, 20))
     monkeypatch.setattr(ssl, "PROTOCOL", FineTuneProtocol(steps=22, learning_rates=(1e-3,)))
+    monkeypatch.setattr(probes, "_MAX_ITERATIONS", 20)  # on features of a few steps thousands would not be enough
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_from_pretraining_to_the_table(quick, tmp_path, monkeypatch):
     command = ["--work_dir", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--jobs", "1", "--validation"]
     results = ssl.main(command)
