@@ -107,9 +107,10 @@ SMALL: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
     "ViT, 0.1 M weights, 16x16": (lambda: small_vit(LABELS), 16),
     "ResNet, 0.08 M weights, 32x32": (lambda: small_resnet(LABELS), 32),
 }
+VIT_B, RESNET_50 = "ViT-B/16, 224x224", "ResNet-50, 224x224"
 LARGE: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
-    "ViT-B/16, 224x224": (lambda: ViTForImageClassification(ViTConfig(num_labels=len(LABELS))), 224),
-    "ResNet-50, 224x224": (lambda: resnet_50(num_labels=len(LABELS)), 224),
+    VIT_B: (lambda: ViTForImageClassification(ViTConfig(num_labels=len(LABELS))), 224),
+    RESNET_50: (lambda: resnet_50(num_labels=len(LABELS)), 224),
 }
 
 
@@ -491,11 +492,11 @@ SECTIONS: dict[str, Callable[[], Any]] = {
     "sweep": sweep,
     "publish": publish,
     "protect": protect,
-    "gpu_step": lambda: gpu_step("ViT-B/16, 224x224"),
+    "gpu_step": lambda: gpu_step(VIT_B),
     "gpu_sweep": gpu_sweep,
     "gpu_admm": lambda: admm("cuda"),
     "gpu_fisher": lambda: fisher("cuda"),
-    "gpu_step_convnet": lambda: gpu_step("ResNet-50, 224x224"),
+    "gpu_step_convnet": lambda: gpu_step(RESNET_50),
 }
 
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import NullFormatter
 
 from benchmarks.cost import measurements
 
-STEP_BARS = {**dict.fromkeys(measurements.SMALL, "<= 1.10"), "ViT-B/16, 224x224": "<= 1.05"}
+STEP_BARS = {**dict.fromkeys(measurements.SMALL, "<= 1.10"), measurements.VIT_B: "<= 1.05"}
 
 
 def mib(count: float) -> str:

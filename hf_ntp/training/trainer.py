@@ -322,8 +322,7 @@ class NTPTrainer(Trainer):
         self._pruning_log: dict[str, Tensor] = {}
         self._terms = self._new_terms()
         self._signals = KeptSignals()
-        self._leaving = self._ended = self._staging = False
-        self._whole: PreTrainedModel | None = None
+        self._leaving = self._ended = self._staging = self._in_shards = False
         # Before those of the user, who may save the model when training ends.
         self.callback_handler.callbacks.insert(0, PruningCallback(self))
 
@@ -501,9 +500,9 @@ class NTPTrainer(Trainer):
         if not self.is_fsdp_enabled:
             yield
             return
-        self._whole = model = self.model
+        model = self.model
         self.model = self.model_wrapped = copy.deepcopy(model)
-        finished = False
+        self._in_shards = True
         try:
             yield
             with torch.no_grad():
@@ -511,17 +510,16 @@ class NTPTrainer(Trainer):
                 for name, tensor in self.model.state_dict().items():
                     into[name].copy_(whole(tensor))
             model.config.ntp = self.model.config.ntp
-            finished = True
         finally:
             # The next training, or evaluation, begins with the whole model again.
             self.accelerator.free_memory()
             self.model = self.model_wrapped = self.callback_handler.model = model
             self.optimizer = self.lr_scheduler = None
-            self._whole, self.is_in_train = None, False
+            self._in_shards = self.is_in_train = False
             self._find_parts()
-        if finished:  # if not, ranks do not wait for each other any more
-            nn.Module.to(model, self.args.device)
-            self.pruner.move_to(self.prunable)
+        # Not where training broke off: ranks do not wait for each other any more.
+        nn.Module.to(model, self.args.device)
+        self.pruner.move_to(self.prunable)
 
     def _is_due(self, step: int, max_steps: int) -> bool:
         """Whether a Z-step follows optimizer step ``step``."""
@@ -697,7 +695,7 @@ class NTPTrainer(Trainer):
     def _between_trainings(self) -> Iterator[None]:
         """Keep Trainer from sharding or gathering a model that is whole."""
         sharded = self.is_fsdp_enabled
-        if sharded and self._whole is None:
+        if sharded and not self._in_shards:
             nn.Module.to(self.model, self.args.device)
             self.is_fsdp_enabled = False
         try:
@@ -821,7 +819,7 @@ class NTPTrainer(Trainer):
 
         if not blocking:
             raise ValueError("found blocking=False; needed: True. Call it in a thread of your own if need be.")
-        if self._whole is not None:
+        if self._in_shards:
             raise ValueError(
                 "the model is in shards while it trains (FSDP); needed: a whole one. Push it after train()."
             )

@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, ViTModel
 
 from hf_ntp.models import prunable_weights
+from hf_ntp.models.sharding import whole
 from hf_ntp.training.arguments import PRESETS
 from hf_ntp.training.pruning import ADMMPruner
 from tests.conftest import Rows, tiny_resnet, tiny_vit
@@ -133,7 +133,7 @@ def life(folder, processes, device):
 
 
 def gathered(tensors):
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().clone() for name, t in tensors}
+    return {name: whole(tensor).detach().cpu().clone() for name, tensor in tensors}
 
 
 def prune(pattern, folder=None, mesh=None):
