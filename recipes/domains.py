@@ -66,32 +66,49 @@ def load_all(recipe: Any) -> Domains:
     Raises:
         ValueError: If a domain cannot be used.
     """
-    from hf_ntp import load_domain, nested_subsets, split_owner_attacker
-    from hf_ntp.data import check_target, domain_name
+    from hf_ntp import split_owner_attacker
+    from hf_ntp.data import check_target
 
-    third = recipe.third_dataset
-    domains = Domains(
-        load(recipe, "source"),
-        load(recipe, "target"),
-        {} if third is None else {domain_name(third): load_domain(third)},
-    )
+    domains = Domains(load(recipe, "source"), load(recipe, "target"), load_third(recipe.third_dataset))
     if both := sorted(domains.source.keys() & domains.target.keys()):
         raise ValueError(
             f"{', '.join(both)} would be the name of an authorized and of an unauthorized domain: record, card and "
             "terms could not tell them apart. Needed: names of their own. Rename a folder, or save what you take of a "
             "dataset under another name (Dataset.save_to_disk)."
         )
-    for side, group in domains._asdict().items():
+    for side, group in (("source", domains.source), ("target", domains.target)):
         for name, parts in group.items():
             check_target(parts["train"]["label"], f"the {side}" if len(group) == 1 else f"the {side} {name!r}")
     for parts in domains.target.values():
         parts["owner"], parts["attacker"] = split_owner_attacker(parts.pop("train"), recipe.owner_fraction)
-    for parts in domains.third.values():
-        parts["attacker"] = parts.pop("train")
     for parts in [*domains.target.values(), *domains.third.values()]:
-        for seed in recipe.attack_seeds:
-            nested_subsets(parts["attacker"]["label"], recipe.sample_sizes, seed)
+        check_sizes(parts["attacker"], recipe.sample_sizes, recipe.attack_seeds)
     return domains
+
+
+def load_third(dataset: str | None) -> dict[str, DatasetDict]:
+    """Load the domain that is neither authorized nor not, by name, if there is one; nobody's but the attacker's.
+
+    Raises:
+        ValueError: If it cannot be used.
+    """
+    from hf_ntp import load_domain
+    from hf_ntp.data import check_target, domain_name
+
+    if dataset is None:
+        return {}
+    parts = load_domain(dataset)
+    check_target(parts["train"]["label"], "the third domain")
+    parts["attacker"] = parts.pop("train")
+    return {domain_name(dataset): parts}
+
+
+def check_sizes(images: Dataset, sample_sizes: list[int], seeds: list[int]) -> None:
+    """Raise ``ValueError`` now, not after hours, where there are too few images for an attacker."""
+    from hf_ntp import nested_subsets
+
+    for seed in seeds:
+        nested_subsets(images["label"], sample_sizes, seed)
 
 
 def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -> None:

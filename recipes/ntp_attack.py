@@ -130,7 +130,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
     import hf_ntp
     from hf_ntp.attacks import ATTACKS, DECISIVE
-    from hf_ntp.data import check_target, domain_name
+    from hf_ntp.data import check_target
     from hf_ntp.evaluation.cache import local_folder
     from hf_ntp.evaluation.claims import Claims
     from hf_ntp.evaluation.controls import prune_without_protection
@@ -158,16 +158,12 @@ def main(argv: list[str]) -> dict[str, Any]:
         source = hf_ntp.PixelDataset.from_dataset(images, processor)
     train, validation, test = pixels = [hf_ntp.PixelDataset.from_dataset(part, processor) for part in parts.values()]
     data = hf_ntp.AttackData(train, validation, test, source)
-    elsewhere = None
-    if arguments.third_dataset is not None:
-        third = hf_ntp.load_domain(arguments.third_dataset)
-        check_target(third["train"]["label"], "the third domain")
-        for seed in arguments.seeds:  # too few images are an error now, not after hours
-            hf_ntp.nested_subsets(third["train"]["label"], arguments.sample_sizes, seed)
-        elsewhere = hf_ntp.AttackData(
-            *(hf_ntp.PixelDataset.from_dataset(third[split], processor) for split in ("train", "validation", "test"))
-        )
-        pixels += [elsewhere.train, elsewhere.validation, elsewhere.test]
+    elsewhere: dict[str, hf_ntp.AttackData] = {}
+    for name, third in domains.load_third(arguments.third_dataset).items():
+        domains.check_sizes(third["attacker"], arguments.sample_sizes, arguments.seeds)
+        kept = [hf_ntp.PixelDataset.from_dataset(third[part], processor) for part in parts]
+        elsewhere[name] = hf_ntp.AttackData(*kept)
+        pixels += kept
     starts = {"protected": arguments.checkpoint}
     if arguments.unprotected is not None:
         starts["unprotected"] = arguments.unprotected
@@ -191,9 +187,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     fits = arguments.cache_dir or run / "fits"
     budget = (arguments.sample_sizes, arguments.seeds, protocol, fits, arguments.jobs)
     results = run_attacks(starts, data, attacks, *budget)
-    if elsewhere is not None:
-        name = domain_name(str(arguments.third_dataset))
-        results["third_domain"] = {"name": name, **run_attacks(starts, elsewhere, ["dense"], *budget)}
+    for name, third_data in elsewhere.items():
+        results["third_domain"] = {"name": name, **run_attacks(starts, third_data, ["dense"], *budget)}
     reference = hf_ntp.DomainReference.of(arguments.target_dataset, parts)
     results = {
         "checkpoint": arguments.checkpoint,

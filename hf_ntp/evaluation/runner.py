@@ -9,10 +9,9 @@ import os
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import joblib
 import numpy as np
@@ -20,14 +19,15 @@ import torch
 import transformers
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..attacks import Attack, FineTuneProtocol, Loot, Predict
 from ..data import PixelDataset, check_pixels, nested_subsets
-from ..models import has_batch_norm, load_model
+from ..models import load_model
 from .arms import Arm
-from .cache import ResultCache, checkpoint_digest, content_key, local_folder
+from .cache import ResultCache, local_folder
 from .claims import POLL, Claims
+from .fits import Describer, Fit
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,6 @@ _WEIGHTS_TOGETHER = 20_000_000
 RETUNE_MARGIN = 0.03
 """Loss of validation accuracy, against the first seed, from which on another seed tunes for itself; about the standard
 error on a few hundred images."""
-NOT_ARCHITECTURE = ("id2label", "label2id", "_name_or_path", "transformers_version", "ntp")
-"""Keys of a checkpoint's config that say nothing of its architecture."""
 
 
 @dataclass(frozen=True)
@@ -122,18 +120,6 @@ class _Point(NamedTuple):
     seed: int
 
 
-class _Fit(NamedTuple):
-    """A point of a curve at one value of what is tuned."""
-
-    arm: Arm
-    size: int
-    seed: int
-    value: float
-
-    def __str__(self) -> str:
-        return f"{self.arm.name}, {self.size} images, seed {self.seed}, tuned value {self.value:g}"
-
-
 def sample_wise_learning_curves(
     arms: Sequence[Arm],
     data: AttackData,
@@ -189,10 +175,10 @@ def sample_wise_learning_curves(
     subsets = {seed: nested_subsets(data.train.labels, sample_sizes, seed) for seed in seeds}
     arms = [replace(arm, checkpoint=local_folder(arm.checkpoint)) for arm in arms]
     run = _Sweep(subsets, data, protocol, ResultCache(cache_dir), jobs, together)
-    results: dict[_Fit, Accuracies] = {}
+    results: dict[Fit, Accuracies] = {}
     best: dict[_Point, float] = {}
 
-    def add(fits: list[_Fit], title: str) -> None:
+    def add(fits: list[Fit], title: str) -> None:
         if fits:
             results.update(run(fits, title))
 
@@ -201,19 +187,19 @@ def sample_wise_learning_curves(
         known = {point: [fit.value for fit in results if fit[:3] == point] for point in points}
         for extension in range(protocol.extensions + 1):
             tried = {point: _next_values(point.arm.attack, protocol, extension, known[point]) for point in points}
-            fits = [_Fit(*point, value) for point, values in tried.items() for value in values]
+            fits = [Fit(*point, value) for point, values in tried.items() for value in values]
             add(fits, f"{title}, rates added {extension} times" if extension else title)
             for point, values in known.items():
                 values += tried[point]
                 # Stable, also when reversed: a tie does not replace what was tried before.
-                values.sort(key=lambda value: _rank(results[_Fit(*point, value)].validation), reverse=True)
+                values.sort(key=lambda value: _rank(results[Fit(*point, value)].validation), reverse=True)
         best.update({point: values[0] for point, values in known.items()})
 
     first, *others = seeds
     # Large fits first, so that no core is left with a long one at the end.
     points = [_Point(arm, size, first) for size in sorted(sample_sizes, reverse=True) for arm in arms]
     tune(points, "tuning")
-    fits = [_Fit(*point._replace(seed=seed), best[point]) for point in points for seed in others]
+    fits = [Fit(*point._replace(seed=seed), best[point]) for point in points for seed in others]
     add(fits, "other seeds")
     best.update({_Point(*fit[:3]): fit.value for fit in fits})
     again = []
@@ -222,7 +208,7 @@ def sample_wise_learning_curves(
         if not results[fit].validation >= wanted:  # also where it diverged
             again.append(_Point(*fit[:3]))
     tune(again, "tuning again")
-    chosen = {point: results[_Fit(*point, value)].test for point, value in best.items()}
+    chosen = {point: results[Fit(*point, value)].test for point, value in best.items()}
     accuracies = {arm.name: [[chosen[_Point(arm, n, seed)] for n in sample_sizes] for seed in seeds] for arm in arms}
     return LearningCurves(
         tuple(sample_sizes),
@@ -270,13 +256,13 @@ class _Sweep:
         self.subsets, self.data, self.protocol, self.cache = subsets, data, protocol, cache
         cores = max(1, joblib.cpu_count() // _launched("LOCAL_WORLD_SIZE", 1))
         self.jobs = jobs or (1 if torch.accelerator.is_available() else cores)
-        self.describe = _Describer(data, protocol)
+        self.describe = Describer(data, protocol)
         self.claims = Claims(cache.folder)
 
-    def __call__(self, fits: Sequence[_Fit], title: str) -> dict[_Fit, Accuracies]:
+    def __call__(self, fits: Sequence[Fit], title: str) -> dict[Fit, Accuracies]:
         keys = {fit: self.describe(fit) for fit in fits}
         fits = list(keys)
-        results: dict[_Fit, Accuracies] = {}
+        results: dict[Fit, Accuracies] = {}
 
         def look() -> None:
             """Note what is in the cache, whoever fitted it."""
@@ -284,7 +270,7 @@ class _Sweep:
                 if fit not in results and (found := self.cache.get(keys[fit])):
                     results[fit] = Accuracies(**found)
 
-        def claimed(fit: _Fit) -> bool:
+        def claimed(fit: Fit) -> bool:
             if fit in results or not self.claims.take(keys[fit]):
                 return False
             if found := self.cache.get(keys[fit]):  # finished since the last look
@@ -293,7 +279,7 @@ class _Sweep:
                 return False
             return True
 
-        def mine() -> Iterator[list[_Fit]]:
+        def mine() -> Iterator[list[Fit]]:
             """Claim one fit after another, or several that are trained as one, each when there is a job for it."""
             for batch in self._batches(fits):
                 if ours := [fit for fit in batch if claimed(fit)]:
@@ -319,10 +305,10 @@ class _Sweep:
                 bar.update(len(results) - bar.n)
         return results
 
-    def _batches(self, fits: Sequence[_Fit]) -> list[list[_Fit]]:
+    def _batches(self, fits: Sequence[Fit]) -> list[list[Fit]]:
         """Divide fits into those that are trained as one."""
         most = {arm: self._most_together(arm) for arm in dict.fromkeys(fit.arm for fit in fits)}
-        alike: dict[Hashable, list[_Fit]] = {}
+        alike: dict[Hashable, list[Fit]] = {}
         for fit in fits:
             kind: Hashable = fit
             if most[fit.arm] > 1:
@@ -343,7 +329,7 @@ class _Sweep:
             return self.together or 1
         return max(1, min(_MOST_TOGETHER, _WEIGHTS_TOGETHER // self.describe.weights(arm)))
 
-    def _run(self, fits: Iterator[list[_Fit]]) -> Iterator[dict[_Fit, Accuracies]]:
+    def _run(self, fits: Iterator[list[Fit]]) -> Iterator[dict[Fit, Accuracies]]:
         work = (
             joblib.delayed(_run)(some, [self.subsets[f.seed][f.size] for f in some], self.data, self.protocol)
             for some in fits
@@ -382,8 +368,8 @@ def load_start(arm: Arm, seed: int) -> PreTrainedModel:
 
 
 def _run(
-    fits: Sequence[_Fit], rows: Sequence[np.ndarray], data: AttackData, protocol: FineTuneProtocol
-) -> dict[_Fit, Accuracies]:
+    fits: Sequence[Fit], rows: Sequence[np.ndarray], data: AttackData, protocol: FineTuneProtocol
+) -> dict[Fit, Accuracies]:
     """Run fits that can be trained as one as such, or if that fails (vmap, memory) one after another."""
     if len(fits) > 1:
         try:
@@ -400,7 +386,7 @@ def _run(
 
 
 def _fit(
-    fits: Sequence[_Fit], rows: Sequence[np.ndarray], data: AttackData, protocol: FineTuneProtocol
+    fits: Sequence[Fit], rows: Sequence[np.ndarray], data: AttackData, protocol: FineTuneProtocol
 ) -> list[Accuracies]:
     attack = fits[0].arm.attack
     with _quick_and_quiet():
@@ -429,7 +415,7 @@ def _accuracies(predict: Predict, data: AttackData) -> Accuracies:
         return Accuracies(math.nan, math.nan)
 
 
-def _load(fit: _Fit) -> PreTrainedModel:
+def _load(fit: Fit) -> PreTrainedModel:
     torch.manual_seed(fit.seed)  # layers that a checkpoint lacks are initialised on loading
     model = load_start(fit.arm, fit.seed)
     return nn.Module.to(model, _accelerator()) if torch.accelerator.is_available() else model
@@ -446,81 +432,3 @@ def accuracy_of(predict: Predict, data: PixelDataset, batch_size: int = 256) -> 
     """Share of images classified correctly by ``predict``."""
     hits = [predict(images) == labels for images, labels in data.batches(batch_size)]
     return float(torch.cat(hits).float().mean())
-
-
-class _Describer:
-    """Keys of fits: everything that determines a result, nothing that does not (names, paths, other grid points)."""
-
-    def __init__(self, data: AttackData, protocol: FineTuneProtocol) -> None:
-        settings = asdict(protocol)
-        del settings["learning_rates"], settings["extensions"]
-        self._common = {
-            "protocol": settings,
-            "device": str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"),
-            "versions": [version(name) for name in ("torch", "transformers", "peft", "scikit-learn")],
-            "data": [part.fingerprint for part in (data.train, data.validation, data.test)],
-        }
-        self._source = None if data.source is None else data.source.fingerprint
-        self._starts: dict[Arm, dict[str, object]] = {}
-        self._configs: dict[str, dict[str, Any]] = {}
-        self._architectures: dict[str, str] = {}
-        self._models: dict[str, PreTrainedModel] = {}
-
-    def _config(self, arm: Arm) -> dict[str, Any]:
-        if arm.checkpoint not in self._configs:
-            self._configs[arm.checkpoint] = AutoConfig.from_pretrained(arm.checkpoint).to_dict()
-        return self._configs[arm.checkpoint]
-
-    def architecture(self, arm: Arm) -> str:
-        """Digest of the config of an arm's checkpoint, without what is not part of the architecture."""
-        if arm.checkpoint not in self._architectures:
-            config = {key: value for key, value in self._config(arm).items() if key not in NOT_ARCHITECTURE}
-            self._architectures[arm.checkpoint] = content_key(config)
-        return self._architectures[arm.checkpoint]
-
-    def _model(self, arm: Arm) -> PreTrainedModel:
-        """Model of an arm's architecture without values."""
-        key = self.architecture(arm)
-        if key not in self._models:
-            with torch.device("meta"):
-                self._models[key] = load_model(arm.checkpoint, random_init=True)
-        return self._models[key]
-
-    def weights(self, arm: Arm) -> int:
-        """Number of weights of an arm's architecture, however they are stored."""
-        return sum(parameter.numel() for parameter in self._model(arm).parameters())
-
-    def has_batch_norm(self, arm: Arm) -> bool:
-        """Whether a fit depends on which other images are in a batch."""
-        return has_batch_norm(self._model(arm))
-
-    def forward(self, arm: Arm) -> Hashable:
-        """What decides how an arm's model computes, besides its weights."""
-        notes = self._config(arm).get("ntp") or {}
-        return self.architecture(arm), notes.get("encoder_name"), notes.get("head_name")
-
-    def has_dropout(self, arm: Arm) -> bool:
-        """Whether the config of an arm's checkpoint has any kind of dropout switched on."""
-        return any(
-            "drop" in key and isinstance(value, float) and value > 0 for key, value in self._config(arm).items()
-        )
-
-    def _start(self, arm: Arm) -> dict[str, object]:
-        notes = self._config(arm).get("ntp") or {}
-        weights = None if arm.random_init else checkpoint_digest(Path(arm.checkpoint))
-        # The patterns decide what a mask is, the names where things are; the rest of the note changes nothing.
-        telling = ("prune_include", "prune_exclude", "head_name", "encoder_name")
-        patterns = {key: value for key, value in notes.items() if key in telling}
-        return {
-            "config": self.architecture(arm),
-            "weights": weights,
-            "attack": [type(arm.attack).__name__, arm.attack.settings()],
-            "patterns": patterns,
-            "source": self._source if arm.attack.needs_source else None,
-        }
-
-    def __call__(self, fit: _Fit) -> str:
-        if fit.arm not in self._starts:
-            self._starts[fit.arm] = self._start(fit.arm)
-        point = {"size": fit.size, "seed": fit.seed, "value": fit.value}
-        return content_key({**self._common, **self._starts[fit.arm], **point})

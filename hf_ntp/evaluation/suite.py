@@ -12,7 +12,8 @@ from transformers import AutoConfig, PreTrainedModel
 from ..attacks import ATTACKS, Attack, FineTuneProtocol, FineTuning
 from ..models import class_names, has_head
 from .arms import Arm
-from .runner import NOT_ARCHITECTURE, AttackData, LearningCurves, load_start, sample_wise_learning_curves
+from .fits import NOT_ARCHITECTURE
+from .runner import AttackData, LearningCurves, load_start, sample_wise_learning_curves
 from .summary import retained_share, summarize
 
 _REFERENCE = "dense"

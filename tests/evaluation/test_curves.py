@@ -21,6 +21,7 @@ from hf_ntp.attacks.fine_tuning import FineTuning, predictor
 from hf_ntp.attacks.shot import Shot
 from hf_ntp.evaluation import runner
 from hf_ntp.evaluation.cache import ResultCache
+from hf_ntp.evaluation.fits import Describer, Fit
 from hf_ntp.evaluation.runner import LearningCurves, accuracy_of, load_start
 from hf_ntp.evaluation.summary import retained, retained_share
 from hf_ntp.models import prunable_weights
@@ -78,8 +79,8 @@ def test_an_interrupted_sweep_continues(attack, checkpoints, tmp_path, monkeypat
 
 
 def test_the_cache_knows_other_weights_data_and_protocols(attack, checkpoints, tmp_path):
-    describe = runner._Describer(attack, QUICK)
-    fit = runner._Fit(Arm("a", checkpoints[0]), 6, 0, 1e-3)
+    describe = Describer(attack, QUICK)
+    fit = Fit(Arm("a", checkpoints[0]), 6, 0, 1e-3)
     other_data = AttackData(attack.train, attack.validation, pixels(12, 9))
     keys = {
         describe(fit),
@@ -89,11 +90,11 @@ def test_the_cache_knows_other_weights_data_and_protocols(attack, checkpoints, t
         describe(fit._replace(size=7)),
         describe(fit._replace(seed=1)),
         describe(fit._replace(value=3e-3)),
-        runner._Describer(attack, FineTuneProtocol(steps=13, warmup_steps=2))(fit),
-        runner._Describer(other_data, QUICK)(fit),
+        Describer(attack, FineTuneProtocol(steps=13, warmup_steps=2))(fit),
+        Describer(other_data, QUICK)(fit),
     }
     assert len(keys) == 9
-    same = runner._Describer(attack, FineTuneProtocol(12, 8, (0.5,), warmup_steps=2))
+    same = Describer(attack, FineTuneProtocol(12, 8, (0.5,), warmup_steps=2))
     assert same(fit._replace(arm=Arm("renamed", checkpoints[0]))) == describe(fit)
 
 
@@ -178,7 +179,7 @@ def test_the_attackers_images_reach_attacks_that_need_no_labels(attack, checkpoi
 def test_weights_are_counted_however_they_are_stored(attack, tmp_path, make):
     """By them, an accelerator is given so many models at a time."""
     make().half().save_pretrained(tmp_path)
-    described = runner._Describer(attack, QUICK)
+    described = Describer(attack, QUICK)
     assert described.weights(Arm("a", str(tmp_path))) == sum(p.numel() for p in make().parameters())
 
 
