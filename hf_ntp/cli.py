@@ -57,14 +57,19 @@ def _checkpoint(parser: ArgumentParser) -> None:
 
 def _report_options(parser: ArgumentParser) -> None:
     _folder(parser)
-    parser.add_argument("--attacks", help="results.json of `hf-ntp evaluate` on this model, to be added")
+    parser.add_argument(
+        "--attacks",
+        help="results.json of `hf-ntp evaluate` on this model, to be added; it replaces one on the same domain",
+    )
     parser.add_argument("--repo_id", help="what the card says to load; default what it says already")
+    parser.add_argument("--license", help="licence id; default what the record says already")
+    parser.add_argument("--terms", help="what you allow, in words; default what the record says already")
 
 
 def _report(options: Namespace) -> dict[str, Any]:
     from .publishing.report import refresh_report
 
-    refresh_report(options.folder, options.attacks, options.repo_id)
+    refresh_report(options.folder, options.attacks, options.repo_id, options.license, options.terms)
     return {"folder": options.folder, "files": sorted(_read(options.folder)["files"])}
 
 
@@ -157,7 +162,7 @@ def _read(folder: str) -> dict[str, Any]:
 def _show_record(record: dict[str, Any]) -> str:
     from .publishing.card import attack_label
 
-    lines = [record["terms"]["text"], ""]
+    lines = [f"{'terms':<16}{line}" for line in record["terms"]["text"].splitlines()]
     for word, side in (("authorized", "authorized_domains"), ("NOT authorized", "unauthorized_domains")):
         lines += [f"{word:<16}{domain['name']} ({domain['dataset']})" for domain in record[side]]
     sparsity, accuracy = record["sparsity"], record["source_accuracy"]
@@ -175,7 +180,9 @@ def _show_record(record: dict[str, Any]) -> str:
         )
     if not record["evidence"]:
         lines.append(f"{'evidence':<16}none was measured")
-    return "\n".join([*lines, *(f"{'not claimed':<16}{item}" for item in record["not_tested"])])
+    lines += [f"{'not claimed':<16}{item}" for item in record["not_tested"]]
+    # Nothing that a record says may move the cursor or begin a line: it could forge what stands above it.
+    return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
 
 
 COMMANDS = {

@@ -5,6 +5,8 @@ A recipe brings the model to protect, and how it is pretrained where it has not 
 
 from __future__ import annotations
 
+import logging
+import shlex
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
 
     from hf_ntp import NTPConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -245,6 +250,25 @@ def save(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor) ->
         processor.save_pretrained(staged)
 
 
+def _warn_of_ignored(recipe: RecipeArguments, folder: Path) -> None:
+    """Say so where a finished folder has not the licence, terms or name of a repository that were asked for."""
+    from hf_ntp.publishing.card import card_repo_id
+    from hf_ntp.publishing.record import read_record
+
+    terms = read_record(folder)["terms"]
+    has = {"repo_id": card_repo_id(folder), "license": terms["license"], "terms": terms["text"]}
+    unused = {"repo_id": None, "license": RecipeArguments.license, "terms": None}
+    wanted = {key: getattr(recipe, key) for key in has if getattr(recipe, key) not in (unused[key], has[key])}
+    if wanted:
+        logger.warning(
+            "%s is finished and says otherwise than --%s; nothing was changed. To change it: hf-ntp report %s %s",
+            folder,
+            " and --".join(wanted),
+            folder,
+            " ".join(f"--{key} {shlex.quote(value)}" for key, value in wanted.items()),
+        )
+
+
 def show(run: Path) -> dict[str, Any]:
     """Print and return the results of a finished run."""
     from hf_ntp.publishing.report import read_results, results_table
@@ -272,6 +296,7 @@ def run(
 
     from accelerate.utils import wait_for_everyone
     from hf_ntp.recipes import domains
+    from huggingface_hub.utils import validate_repo_id
 
     import hf_ntp
     from hf_ntp.data import RandomShift
@@ -292,6 +317,8 @@ def run(
     )
     check_sample_sizes(recipe.sample_sizes)
     check_seeds(recipe.attack_seeds)
+    if recipe.repo_id is not None:
+        validate_repo_id(recipe.repo_id)
     loaded = domains.load_all(recipe)
     model, processor, rate, commit = base_model(
         recipe, config, next(iter(loaded.source.values()))["train"].features["label"].names
@@ -312,6 +339,8 @@ def run(
         claim_run_folder(root, settings)
     wait_for_everyone()
     if (root / "protected").exists():
+        if first:
+            _warn_of_ignored(recipe, root / "protected")
         return show(root) if first else {}
     watch, augment = Stopwatch(root / "seconds.json" if first else None), RandomShift(recipe.augment_shift)
 

@@ -188,6 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self, path):
         routes = [
+            (r"GET /api/whoami-v2", self._whoami),
             (r"POST /api/repos/create", self._create),
             (r"POST /api/validate-yaml", lambda: self._answer({"errors": [], "warnings": []})),
             (r"POST /(spaces/)?(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", self._batch),
@@ -213,6 +214,12 @@ class _Handler(BaseHTTPRequestHandler):
         if token and token not in TOKENS:
             raise Refusal(401, "Invalid credentials in Authorization header")
         return TOKENS.get(token, (None, None))
+
+    def _whoami(self):
+        user, _ = self._user()
+        if user is None:
+            raise Refusal(401, "Invalid username or password.")
+        self._answer({"name": user, "type": "user", "orgs": []})
 
     def _repo(self, kind, name, write=False):
         user, _ = self._user()

@@ -153,7 +153,7 @@ def on_small_disk(folder, doing, size):
 
 def _attempts(disk):
     """Things that write to a disk, by name."""
-    ours = trainer(disk / "run", max_steps=2)
+    ours = trainer(disk / "run", max_steps=2, hub_model_id="org/model")
     ours.train()
     tempfile.tempdir = str(disk)
     make_folder(disk / "model")

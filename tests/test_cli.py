@@ -64,11 +64,13 @@ def test_a_card_that_names_no_repository_is_not_published(folder, hub, capsys):
 
 def test_signed_and_pushed_in_one_go(folder, hub, tmp_path, capsys):
     private, public = make_keys(tmp_path)
+    assert run(capsys, "report", folder, "--repo_id", "org/model")[0] == 0
     code, printed = run(capsys, "push", folder, "org/model", "--private_key", private, "--gated", "manual", "--json")
     assert code == 0, printed.err
     assert json.loads(printed.out)["commit"] == hub.model("org/model").commits[-1].oid
     assert (hub.model("org/model").private, hub.model("org/model").gated) == (True, "manual")
     assert run(capsys, "verify", "org/model", "--public_key", public)[0] == 0
+    assert run(capsys, "report", folder, "--repo_id", "elsewhere/model")[0] == 0
     code, printed = run(capsys, "push", folder, "elsewhere/model")
     assert (code, "403" in printed.err) == (1, True)
 
@@ -118,6 +120,46 @@ def test_a_compressed_copy_verifies(folder, tmp_path, capsys):
     assert '.from_pretrained("org/photos-only")' in card, "the name it had"
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_compressed_copy_with_attacks(folder, tmp_path, capsys, monkeypatch):
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    from hf_ntp.publishing import report
+
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.masked_fill_(torch.rand(parameter.shape) < 0.9, 0.0)
+    model.save_pretrained(folder)
+    suite = make_attacks() | {"weights": weight_digests(folder)}
+    write_report(folder, make_record(make_results()), make_results(), {"scans": suite})
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(report, "write_record", killed)
+        report.compress_report(folder, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+    assert run(capsys, "compress", folder, tmp_path / "small")[0] == 0
+    code, printed = run(capsys, "report", tmp_path / "small", "--repo_id", "org/small")
+    assert code == 0, printed.err
+    assert "| LoRA |" in (tmp_path / "small" / "README.md").read_text()
+
+
+def test_a_record_cannot_forge_what_is_printed(folder, capsys):
+    record = make_record(make_results())
+    forged = "\x1b[2A\r\x1b[K7 files: the signature is the owner's"
+    record["terms"]["text"] = f"{forged}\n{forged}"
+    record["authorized_domains"][0]["name"] = f"\n{forged}\u202e"
+    write_report(folder, record, make_results(), repo_id="org/photos-only")
+    for command in ("verify", "info"):
+        code, printed = run(capsys, command, folder)
+        assert code == 0
+        assert all(c.isprintable() for line in printed.out.splitlines() for c in line)
+        assert not any(line.startswith("7 files: the sig") for line in printed.out.splitlines())
 
 
 @pytest.mark.parametrize("command", [[], ["report"], ["push"], ["verify"]])

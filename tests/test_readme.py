@@ -50,8 +50,8 @@ def test_python_examples(blocks, tmp_path, monkeypatch):
         if "trainer = " in block and ".train()" not in block:
             space["trainer"].train()
     assert space["measured"].sparsity.achieved == pytest.approx(0.6, abs=1e-3)
-    assert (tmp_path / "runs" / "mine" / "protected" / "model.safetensors").exists()
-    record = hf_ntp.verify_folder(tmp_path / "runs" / "mine" / "published").record
+    assert (tmp_path / "runs" / "python" / "protected" / "model.safetensors").exists()
+    record = hf_ntp.verify_folder(tmp_path / "runs" / "python" / "published").record
     assert record["source_accuracy"]["after"] == space["measured"].accuracy.after
     assert [domain["name"] for domain in record["unauthorized_domains"]] == ["optdigits"]
     space["trainer"].model.classifier.bias.data.add_(1)

@@ -313,7 +313,7 @@ def table(results: dict[str, Any]) -> str:
         "dense retained",
         "by other protection seeds",
         "worst retained",
-        "paper: mask",
+        *(f"paper: {name}" for name in PAPER_ATTACKS),
         "paper: source",
     ]
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]

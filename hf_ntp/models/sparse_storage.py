@@ -60,7 +60,15 @@ def compress_folder(folder: str | Path, out: str | Path) -> Path:
         ValueError: If ``out`` is taken or inside ``folder``, ``folder`` is quantized or holds other weights as well,
             or no weight has enough zeros.
     """
-    folder, out = Path(folder), _free_folder(folder, out)
+    out = free_folder(folder, out)
+    with whole_folder(out) as staged:
+        compress_into(folder, staged)
+    return out
+
+
+def compress_into(folder: str | Path, out: Path) -> None:
+    """Do what :func:`compress_folder` does, to fill an empty folder that has no name yet."""
+    folder = Path(folder)
     config = _read_config(folder)
     if method := config.get("quantization_config"):
         raise ValueError(f"{folder} is quantized already ({method}); needed: a model saved with plain weights.")
@@ -74,15 +82,12 @@ def compress_folder(folder: str | Path, out: str | Path) -> Path:
     for shard in shards:
         tensors |= load_file(shard)
     config["quantization_config"] = BitmaskConfig().to_dict()
-    with whole_folder(out) as staged:
-        _copy_others(folder, staged, {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *(shard.name for shard in shards)})
-        _write_config(staged, config)
-        if not write_bitmask_file(tensors, staged / SPARSE_FILE):
-            shutil.rmtree(staged)
-            raise ValueError(
-                f"no weight of {folder} is smaller without its zeros; needed: a pruned model. Keep it as it is."
-            )
-    return out
+    _copy_others(folder, out, {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *(shard.name for shard in shards)})
+    _write_config(out, config)
+    if not write_bitmask_file(tensors, out / SPARSE_FILE):
+        raise ValueError(
+            f"no weight of {folder} is smaller without its zeros; needed: a pruned model. Keep it as it is."
+        )
 
 
 def expand_folder(folder: str | Path, out: str | Path) -> Path:
@@ -99,7 +104,7 @@ def expand_folder(folder: str | Path, out: str | Path) -> Path:
         FileNotFoundError: If ``folder`` holds no configuration or no compressed weights.
         ValueError: If ``out`` is taken or inside ``folder``, or the weights are damaged.
     """
-    folder, out = Path(folder), _free_folder(folder, out)
+    folder, out = Path(folder), free_folder(folder, out)
     config = _read_config(folder)
     if (config.pop("quantization_config", None) or {}).get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{folder} is no compressed model; needed: a folder that compress_folder wrote.")
@@ -199,7 +204,12 @@ class BitmaskQuantizer(HfQuantizer):
         return True
 
 
-def _free_folder(folder: Path | str, out: Path | str) -> Path:
+def free_folder(folder: Path | str, out: Path | str) -> Path:
+    """Return ``out`` as a path.
+
+    Raises:
+        ValueError: If it is taken, or inside ``folder``.
+    """
     folder, out = Path(folder), Path(out)
     if out.resolve().is_relative_to(folder.resolve()) or (out.exists() and (out.is_file() or any(out.iterdir()))):
         raise ValueError(f"out is {out}, taken or inside {folder}; needed: a new or empty folder elsewhere.")

@@ -128,14 +128,14 @@ def _result(domain: Mapping[str, Any], metric: str, label: str, value: float) ->
     )
 
 
-def card_repo_id(folder: str | Path) -> str:
-    """What the card in a folder tells users to pass to ``from_pretrained``; ``NO_REPO`` where it does not say."""
+def card_repo_id(folder: str | Path) -> str | None:
+    """What the card in a folder tells users to pass to ``from_pretrained``; None where it does not say."""
     try:
         card = (Path(folder) / CARD_FILE).read_text(encoding="utf-8")
     except (FileNotFoundError, UnicodeDecodeError):
-        return NO_REPO
+        return None
     found = re.search(r"from_pretrained\(\"([^\"]+)\"\)", card)
-    return found[1] if found else NO_REPO
+    return found[1] if found else None
 
 
 def compressed_card(card: str) -> str:
@@ -144,14 +144,17 @@ def compressed_card(card: str) -> str:
 
 
 def render_card(
-    record: Mapping[str, Any], repo_id: str = NO_REPO, figures: Sequence[str] = (), compressed: bool = False
+    record: Mapping[str, Any],
+    repo_id: str = NO_REPO,
+    figures: Mapping[str, str] | None = None,
+    compressed: bool = False,
 ) -> ModelCard:
     """Render the card of a protected model.
 
     Args:
         record: Authorization record; every number of the card is in it.
         repo_id: What users pass to ``from_pretrained``.
-        figures: Names of pictures in the folder.
+        figures: Pictures in the folder and what they show, the learning curves first.
         compressed: Whether the weights are stored without their zeros, which transformers alone cannot read.
     """
     return ModelCard.from_template(
@@ -161,7 +164,7 @@ def render_card(
         auto_class="AutoModelForImageClassification" if _classifies(record) else "AutoModel",
         repo_id=repo_id,
         loading=_COMPRESSED if compressed else _DENSE,
-        figures=figures,
+        figures=list((figures or {}).items()),
         authorized=_names(record["authorized_domains"]),
         unauthorized=_names(record["unauthorized_domains"]),
         measure=_MEASURES[record["source_accuracy"]["measure"]] if record["source_accuracy"] else "",

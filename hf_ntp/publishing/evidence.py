@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..attacks import ATTACKS
@@ -110,12 +110,26 @@ def _area(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: entry[key] for key in ("nats", "decades", "normalized", "ci", "seeds")}
 
 
-def not_tested(evidence: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What is not claimed, given the measurements of a record: first the attacks of this library that were not run."""
-    evidence = list(evidence)
+def not_tested(evidence: Sequence[Mapping[str, Any]], domains: Sequence[str]) -> list[str]:
+    """What is not claimed: first the attacks of this library that were not run, on each domain if they differ.
+
+    Args:
+        evidence: Measurements of a record.
+        domains: Names of its unauthorized domains.
+    """
     if not evidence:
         return ["Anything at all: no attack has been measured on these weights.", *_BEYOND[1:]]
-    run = {name for measurement in evidence for name in measurement["attacks"]}
-    missing = [name for name in ATTACKS if name not in run]
-    first = [f"Attacks of hf_ntp that were not run on these weights: {', '.join(missing)}."] if missing else []
+    missing = {domain: ", ".join(_not_run(evidence, domain)) for domain in domains}
+    if len(set(missing.values())) == 1:
+        missing = {"": missing[domains[0]]}
+    first = [
+        f"Attacks of hf_ntp that were not run on these weights{domain and f' on {domain}'}: {names}."
+        for domain, names in missing.items()
+        if names
+    ]
     return [*first, *_BEYOND]
+
+
+def _not_run(evidence: Sequence[Mapping[str, Any]], domain: str) -> list[str]:
+    run = {name for measurement in evidence if measurement["domain"] == domain for name in measurement["attacks"]}
+    return [name for name in ATTACKS if name not in run]

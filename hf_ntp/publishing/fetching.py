@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RemoteEntryNotFoundError
 
 from .errors import RecordError
 from .hub_requests import REQUEST_TIMEOUT, bounded_requests, explained
@@ -41,7 +41,9 @@ def fetch_checkpoint(
         _refuse_revision(id_or_path, revision)
         return Fetched(Path(id_or_path), None)
     with _connection(id_or_path, timeout):
-        return _in_cache(Path(snapshot_download(str(id_or_path), revision=revision, token=token)))
+        fetched = _in_cache(Path(snapshot_download(str(id_or_path), revision=revision, token=token)))
+        _check_download(str(id_or_path), fetched, token)
+        return fetched
 
 
 def verify_checkpoint(
@@ -92,6 +94,21 @@ def fetch_record(
             ) from error
     fetched = _in_cache(Path(path).parent)
     return read_record(fetched.folder, fetched.links_into)
+
+
+def _check_download(repo_id: str, fetched: Fetched, token: str | bool | None) -> None:
+    """Raise an error of the connection where files are missing because the cache, without one, had not all of them.
+
+    Those that the repository itself lacks are for whoever verifies it.
+    """
+    try:
+        names = read_record(*fetched)["files"]
+    except (FileNotFoundError, RecordError):
+        return
+    for name in names:
+        if not (fetched.folder / name).exists():
+            with suppress(RemoteEntryNotFoundError):
+                hf_hub_download(repo_id, name, revision=fetched.folder.name, token=token)
 
 
 def _in_cache(snapshot: Path) -> Fetched:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data import DomainReference
 from ..evaluation.measure import Measurement, measure_sparsity
 from ..models import has_head, hub_id, plain_model
-from ..run_folder import weight_digests
+from ..run_folder import weight_digests, whole_folder
 from ..training.domains import Joined
 from .card import NO_REPO
-from .report import build_record, build_results, write_report
+from .errors import RecordError, listed
+from .record import RECORD_FILE, SIGNATURE_FILE, read_record
+from .report import CURVES_FIGURE, RESULTS_FILE, build_record, build_results, suite_files, write_report
 
 if TYPE_CHECKING:
     from ..training.trainer import NTPTrainer
@@ -32,11 +36,13 @@ def write_folder(
 
     Args:
         trainer: After ``train``.
-        folder: Where to; made when missing.
+        folder: Where to. It appears when it is whole, and replaces what was published there before.
         repo_id: What the card tells users to pass to ``from_pretrained``.
         source: Authorized domains; default: those of the trainer by name, or one called "source", with the classes of
             the model.
-        targets: Unauthorized domains; default: those of the trainer by name, with numbered classes.
+        targets: Unauthorized domains; default: those of the trainer by name, with numbered classes. Needed with
+            ``target_access="none"``. Where they have fingerprints of the parts "owner" and "attacker", attacks with
+            other images are refused later (``hf-ntp report``).
         license: Licence id as the Hub spells it.
         terms: What the owner allows, in words.
         measured: What :func:`~hf_ntp.measure_protection` found out about these weights on the only authorized and the
@@ -44,47 +50,71 @@ def write_folder(
             several domains.
 
     Raises:
-        ValueError: If the model is not protected yet, or the measurement is of another one, or one domain of several.
+        ValueError: If the model is not protected yet, or the measurement is of another one, or one domain of several,
+            or the folder holds files that are not published with a model.
     """
+    folder = Path(folder).absolute()
     model = trainer.model
     if not getattr(model.config, "ntp", None):
         raise ValueError(
             "the trainer's model is not protected yet: its config has no entry 'ntp'; needed: a finished train(). "
             "Train first, or resume the run."
         )
-    model.save_pretrained(folder)
-    if trainer.processing_class is not None:
-        trainer.processing_class.save_pretrained(folder)
+    if targets is None and trainer.args.target_access == "none":
+        raise ValueError(
+            "the protection has seen no unauthorized domain (target_access is 'none') and targets is None; needed: "
+            "the names of what is not authorized. Pass targets=[DomainReference(...)]."
+        )
     classes = [str(label) for label in (model.config.id2label or {}).values()] if has_head(model) else []
     images = trainer.train_dataset.source
     authorized = list(images.parts) if isinstance(images, Joined) else ["source"]
     named = {name: [str(i) for i in range(int(labels.max()) + 1)] for name, labels in trainer.target_labels.items()}
     source = source or [DomainReference(name, name, None, None, {}, classes) for name in authorized]
     targets = targets or [DomainReference(name, name, None, None, {}, labels) for name, labels in named.items()]
-    results = None
-    if measured is not None:
-        if len(source) > 1 or len(targets) > 1:
-            raise ValueError(
-                f"there is a measurement of one authorized and one unauthorized domain, and {len(source)} and "
-                f"{len(targets)} were protected; needed: one of each. Protect several with recipes/ntp_vit.py, which "
-                "measures and reports all, or leave the measurement out."
-            )
-        if measured.weights != weight_digests(folder):
-            raise ValueError(
-                "the measurement is of another model; needed: one of these very weights. Save them with save_model, "
-                "and pass that folder to measure_protection."
-            )
-        results = build_results(source[0], targets[0], measured, {}, trainer.args.target_access)
-    record = build_record(
-        results,
-        source,
-        targets,
-        type(plain_model(model)).__name__,
-        # What was loaded by id may be any commit: a loaded model does not say which.
-        {"name": hub_id(getattr(model.config, "_name_or_path", None)), "revision": None, "weights": None},
-        trainer.args.summary(),
-        measure_sparsity(model, images),
-        license,
-        terms,
-    )
-    write_report(folder, record, results, repo_id=repo_id)
+    if measured is not None and (len(source) > 1 or len(targets) > 1):
+        raise ValueError(
+            f"there is a measurement of one authorized and one unauthorized domain, and {len(source)} and "
+            f"{len(targets)} were protected; needed: one of each. Protect several with recipes/ntp_vit.py, which "
+            "measures and reports all, or leave the measurement out."
+        )
+    with whole_folder(folder) as staged:
+        model.save_pretrained(staged)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(staged)
+        results = None
+        if measured is not None:
+            if measured.weights != weight_digests(staged):
+                raise ValueError(
+                    "the measurement is of another model; needed: one of these very weights. Save them with "
+                    "save_model, and pass that folder to measure_protection."
+                )
+            results = build_results(source[0], targets[0], measured, {}, trainer.args.target_access)
+        record = build_record(
+            results,
+            source,
+            targets,
+            type(plain_model(model)).__name__,
+            # What was loaded by id may be any commit: a loaded model does not say which.
+            {"name": hub_id(getattr(model.config, "_name_or_path", None)), "revision": None, "weights": None},
+            trainer.args.summary(),
+            measure_sparsity(model, images),
+            license,
+            terms,
+        )
+        write_report(staged, record, results, repo_id=repo_id)
+        _check_replaceable(folder, os.listdir(staged))
+
+
+def _check_replaceable(folder: Path, written: Sequence[str]) -> None:
+    """Raise ``ValueError`` where more than a published model would be lost with a folder."""
+    if not folder.is_dir():
+        return
+    known = {*written, RECORD_FILE, SIGNATURE_FILE, RESULTS_FILE, CURVES_FIGURE}
+    with suppress(FileNotFoundError, RecordError):
+        known |= {name for names in suite_files(read_record(folder)).values() for name in names}
+    weights = (".safetensors", ".safetensors.index.json")
+    if others := sorted(name for name in os.listdir(folder) if name not in known and not name.endswith(weights)):
+        raise ValueError(
+            f"{folder} holds files that are not published with a model and would be lost: {listed(others)}; needed: a "
+            "folder of its own. Choose another one, or move them."
+        )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
 from ..metrics import SLC_AUC
-from .card import CARD_FILE, NO_REPO
+from .card import card_repo_id
 from .hub_requests import REQUEST_TIMEOUT, HubError, bounded_requests, explained
 from .record import RECORD_FILE, SIGNATURE_FILE
 from .verify import verify_folder
@@ -53,19 +53,19 @@ def push_folder(
 
     Raises:
         RecordError: If there is no record, the folder is not the one it speaks of, or the signature does not fit.
-        ValueError: If the card's metadata is invalid or it names no repository, or the repository is public and
-            ``private`` was not set to False.
+        ValueError: If the card's metadata is invalid or it names another repository or none, or the repository is
+            public and ``private`` was not set to False.
         HubError: If the Hub cannot be reached or refuses; the branch is as it was before, unless the message says
             otherwise.
     """
     if gated not in ("auto", "manual", False):
         raise ValueError(f"found gated={gated!r}; needed: 'auto', 'manual' or False")
     verified = verify_folder(folder, public_key)
-    card = Path(folder) / CARD_FILE
-    if card.exists() and f'"{NO_REPO}"' in card.read_text(encoding="utf-8"):
+    named, repo_id = card_repo_id(folder), full_repo_id(repo_id, token, timeout)
+    if named is not None and named != repo_id:
         raise ValueError(
-            f"the card in {folder} tells people to load {NO_REPO!r}; needed: the name of the repository. Run "
-            f"hf-ntp report {folder} --repo_id {repo_id} first, then sign the folder if it was signed."
+            f"the card in {folder} tells people to load {named!r}; needed: {repo_id!r}. Run hf-ntp report {folder} "
+            f"--repo_id {repo_id} first, then sign the folder if it was signed."
         )
     names = [*verified.record["files"], RECORD_FILE]
     # No part of the record: the Hub keeps the latter itself where a folder has none.
@@ -103,6 +103,18 @@ def push_metric(
         )
     files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     return _Push(_api(token), repo_id, "space", None, timeout).run(files, commit_message, private, False)
+
+
+def full_repo_id(repo_id: str, token: str | bool | None = None, timeout: float = REQUEST_TIMEOUT) -> str:
+    """Return the name of a repository with its owner: one without stands for one's own.
+
+    Raises:
+        HubError: If the Hub has to be asked who that is, and cannot be reached or refuses.
+    """
+    if "/" in repo_id:
+        return repo_id
+    with bounded_requests(timeout), explained(f"asking whose {repo_id} is"):
+        return _api(token).get_full_repo_name(repo_id)
 
 
 class _Push:
@@ -147,8 +159,8 @@ class _Push:
         self.repo["repo_id"] = made.repo_id
         if private and not self._info().private:
             raise ValueError(
-                f"{self.repo['repo_id']} is public; needed: a private repository. Pass private=False to publish for "
-                "everybody, make it private in its settings, or choose another name."
+                f"{self.repo['repo_id']} is public; needed: a private repository. Pass private=False (hf-ntp push "
+                "--public) to publish for everybody, make it private in its settings, or choose another name."
             )
 
     def _gate(self, gated: Literal["auto", "manual", False]) -> None:

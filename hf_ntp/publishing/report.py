@@ -10,12 +10,14 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
+from huggingface_hub.utils import validate_repo_id
+
 from ..data import DomainReference
 from ..evaluation.measure import Measurement, SourceAccuracy, SparsityReport, Transfer
 from ..evaluation.summary import retained, summarize
 from ..evaluation.utility import SourceUtility
-from ..models.sparse_storage import SPARSE_FILE, compress_folder
-from ..run_folder import weight_digests, whole_file
+from ..models.sparse_storage import SPARSE_FILE, compress_into, free_folder
+from ..run_folder import file_digest, weight_digests, whole_file, whole_folder
 from .attack_report import plot_attacks
 from .card import ARM_LABELS, CARD_FILE, NO_REPO, card_repo_id, compressed_card, render_card
 from .evidence import (
@@ -34,8 +36,7 @@ from .verify import verify_folder
 
 RESULTS_FILE = "results.json"
 
-ATTACKS_FILE = "attacks.json"
-CURVES_FIGURE, ATTACKS_FIGURE = "slc.png", "attacks.png"
+CURVES_FIGURE = "slc.png"
 _ENVIRONMENT = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "scikit-learn")
 
 
@@ -158,7 +159,7 @@ def build_record(
         "sparsity": asdict(sparsity),
         "source_accuracy": None if results is None else source_accuracy(results),
         "evidence": evidence,
-        "not_tested": not_tested(evidence),
+        "not_tested": not_tested(evidence, [domain.name for domain in target]),
     }
     if results is not None and third is not None:
         record["third_domain"] = {"domain": third.for_record(), "measurement": standard_measurement(results["third"])}
@@ -169,7 +170,7 @@ def write_report(
     folder: str | Path,
     record: Mapping[str, Any],
     results: Mapping[str, Any] | None = None,
-    attacks: Mapping[str, Any] | None = None,
+    attacks: Mapping[str, Mapping[str, Any]] | None = None,
     repo_id: str = NO_REPO,
 ) -> None:
     """Write results, figures, model card and, last, the authorization record beside the weights of a protected model.
@@ -178,35 +179,62 @@ def write_report(
         folder: Folder that holds the saved model.
         record: See :func:`build_record`.
         results: See :func:`build_results`; None where nothing was measured.
-        attacks: What :func:`hf_ntp.evaluation.suite.run_attacks` returned for these weights, if it was run.
+        attacks: What :func:`hf_ntp.evaluation.suite.run_attacks` returned for these weights, if it was run, by the
+            name of the unauthorized domain.
         repo_id: What the card tells users to pass to ``from_pretrained``.
+
+    Raises:
+        ValueError: If that cannot be the name of a repository.
     """
+    if repo_id != NO_REPO:
+        validate_repo_id(repo_id)
     folder = Path(folder)
-    title = " and ".join(domain["name"] for domain in record["unauthorized_domains"])
+    figures: dict[str, str] = {}
     if results is not None:
         _write_json(folder / RESULTS_FILE, results)
         plot_learning_curves(results, folder / CURVES_FIGURE)
-    if attacks is not None:
-        _write_json(folder / ATTACKS_FILE, attacks)
-        plot_attacks(attacks, folder / ATTACKS_FIGURE, f"What the checkpoint is worth on {title}")
-    figures = [name for name in (CURVES_FIGURE, ATTACKS_FIGURE) if (folder / name).exists()]
+        domains = " and ".join(domain["name"] for domain in record["unauthorized_domains"])
+        figures[CURVES_FIGURE] = f"Learning curves on {domains}"
+    names = suite_files(record)
+    for domain, suite in (attacks or {}).items():
+        file, figure = names[domain]
+        _write_json(folder / file, suite)
+        plot_attacks(suite, folder / figure, f"What the checkpoint is worth on {domain}")
+        figures[figure] = f"Attacks on {domain}"
     card = render_card(record, repo_id, figures, compressed=(folder / SPARSE_FILE).exists())
     with whole_file(folder / CARD_FILE) as staged:
         staged.write_text(str(card), encoding="utf-8")
     write_record(folder, record)
 
 
-def refresh_report(folder: str | Path, attacks: str | Path | None = None, repo_id: str | None = None) -> None:
+def suite_files(record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Names of file and figure of the attack suite on every unauthorized domain, by its name."""
+    names = [domain["name"] for domain in record["unauthorized_domains"]]
+    numbers = [""] if len(names) == 1 else [f"_{i}" for i in range(1, len(names) + 1)]
+    return {name: (f"attacks{i}.json", f"attacks{i}.png") for name, i in zip(names, numbers, strict=True)}
+
+
+def refresh_report(
+    folder: str | Path,
+    attacks: str | Path | None = None,
+    repo_id: str | None = None,
+    license: str | None = None,
+    terms: str | None = None,
+) -> None:
     """Write card, figures and record of a folder anew, optionally with the result of an attack suite.
 
     Args:
-        folder: As :func:`write_report` left it, or edited since. A signature is no longer valid and is removed.
-        attacks: ``results.json`` of ``recipes/ntp_attack.py`` on this very model.
+        folder: As :func:`write_report` left it, or with a card edited since. A signature is no longer valid and is
+            removed.
+        attacks: ``results.json`` of ``recipes/ntp_attack.py`` on this very model; it replaces an earlier one on the
+            same domain.
         repo_id: What the card tells users to pass to ``from_pretrained``; default what it says already.
+        license: Licence id as the Hub spells it; default what the record says already, as for ``terms``.
+        terms: What the owner allows, in words.
 
     Raises:
         ValueError: If the suite was run on other weights, or on a domain that the record does not name, or with
-            images that the protection may have seen, or the weights are not those that were measured.
+            images that the protection may have seen, or weights or results are not those that were recorded.
     """
     folder = Path(folder)
     record = read_record(folder)
@@ -216,14 +244,30 @@ def refresh_report(folder: str | Path, attacks: str | Path | None = None, repo_i
             f"the weights in {folder} are not those that its record speaks of; needed: the measured ones. Restore "
             "them, or measure the new ones: run recipes/ntp_vit.py."
         )
-    results = _read_json(folder / RESULTS_FILE)
-    found = _read_json(folder / ATTACKS_FILE if attacks is None else Path(attacks), missing_ok=attacks is None)
-    evidence = standard_evidence(results)
-    if found is not None:
-        evidence.append(_checked(found, weights, record, folder))
-    record = {**record, "evidence": evidence, "not_tested": not_tested(evidence)}
+    results = None
+    if (folder / RESULTS_FILE).exists():
+        if file_digest(folder / RESULTS_FILE) != record["files"].get(RESULTS_FILE):
+            raise ValueError(
+                f"{folder / RESULTS_FILE} is not the one that was recorded with these weights: its numbers may be of "
+                "others. Needed: that one. Restore it, or write the folder anew."
+            )
+        results = json.loads((folder / RESULTS_FILE).read_text())
+    paths = [folder / file for file, _ in suite_files(record).values() if (folder / file).exists()]
+    suites = {}
+    for path in [*paths, *([] if attacks is None else [Path(attacks)])]:
+        suite = _read_suite(path)
+        suites[_domain_of(suite, weights, record, folder)] = suite
+    evidence = standard_evidence(results) + [suite_measurement(suite, name) for name, suite in suites.items()]
+    names = [domain["name"] for domain in record["unauthorized_domains"]]
+    given = {key: text for key, text in (("license", license), ("text", terms)) if text is not None}
+    record = {
+        **record,
+        "terms": record["terms"] | given,
+        "evidence": evidence,
+        "not_tested": not_tested(evidence, names),
+    }
     (folder / SIGNATURE_FILE).unlink(missing_ok=True)
-    write_report(folder, record, results, found, repo_id or card_repo_id(folder))
+    write_report(folder, record, results, suites, repo_id or card_repo_id(folder) or NO_REPO)
 
 
 def compress_report(folder: str | Path, out: str | Path) -> Path:
@@ -243,19 +287,39 @@ def compress_report(folder: str | Path, out: str | Path) -> Path:
         ValueError: If the folder cannot be compressed.
     """
     record = verify_folder(folder).record
-    out = compress_folder(folder, out)
-    (out / SIGNATURE_FILE).unlink(missing_ok=True)
-    card = out / CARD_FILE
-    if card.exists():
-        card.write_text(compressed_card(card.read_text(encoding="utf-8")), encoding="utf-8")
-    write_record(out, record)
+    out = free_folder(folder, out)
+    with whole_folder(out) as staged:
+        compress_into(folder, staged)
+        (staged / SIGNATURE_FILE).unlink(missing_ok=True)
+        card = staged / CARD_FILE
+        if card.exists():
+            card.write_text(compressed_card(card.read_text(encoding="utf-8")), encoding="utf-8")
+        for file, _ in suite_files(record).values():
+            if (staged / file).exists():  # the weights are the same, in another file
+                _write_json(staged / file, _read_suite(staged / file) | {"weights": weight_digests(staged)})
+        write_record(staged, record)
     return out
 
 
-def _checked(
-    attacks: Mapping[str, Any], weights: Mapping[str, str], record: Mapping[str, Any], folder: Path
-) -> dict[str, Any]:
-    """Return the measurement of an attack suite that belongs to the folder."""
+def _read_suite(path: Path) -> dict[str, Any]:
+    """Read the result of an attack suite.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        suite = strict_json(path.read_bytes())
+        suite_measurement(suite, suite["target"])
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}); needed: results.json as "
+            "recipes/ntp_attack.py writes it."
+        ) from error
+    return suite
+
+
+def _domain_of(attacks: Mapping[str, Any], weights: Mapping[str, str], record: Mapping[str, Any], folder: Path) -> str:
+    """Return the name of the domain of an attack suite, if it belongs to the folder."""
     if attacks.get("weights") != weights:
         raise ValueError(
             f"the attacks were run on {attacks.get('checkpoint')}, whose weights are not those of {folder}; needed: "
@@ -270,6 +334,13 @@ def _checked(
     domain = domains[attacks["target"]]
     noted, used = domain["fingerprint"], attacks.get("fingerprint", {})
     others = [part for part in ("attacker", "validation", "test") if noted.get(part) != used.get(part)]
+    undivided = noted.get("train") if record["method"]["settings"].get("target_access") != "none" else None
+    if undivided is not None and used.get("attacker") == undivided:
+        raise ValueError(
+            f"the attacks on {domain['name']} were run with the training images of that domain, which the record does "
+            "not divide between the protection and an attacker: it may have seen them. Needed: images that were left "
+            "to the attacker. Name the parts in write_folder's targets, as in the README, and attack with those."
+        )
     if "owner" in noted and others:
         raise ValueError(
             f"the attacks on {domain['name']} were run with other images than those that the protection left to an "
@@ -277,13 +348,7 @@ def _checked(
             "the same division. Run recipes/ntp_attack.py with the protection's --owner_fraction and --target_... "
             "options."
         )
-    return suite_measurement(attacks, domain["name"])
-
-
-def _read_json(path: Path, missing_ok: bool = True) -> dict[str, Any] | None:
-    if missing_ok and not path.exists():
-        return None
-    return json.loads(path.read_text())
+    return domain["name"]
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

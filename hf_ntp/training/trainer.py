@@ -815,7 +815,7 @@ class NTPTrainer(Trainer):
         """
         # Training knows nothing of publishing but in this method, which Trainer's interface puts here.
         from ..publishing.from_trainer import write_folder
-        from ..publishing.hub import push_folder
+        from ..publishing.hub import full_repo_id, push_folder
 
         if not blocking:
             raise ValueError("found blocking=False; needed: True. Call it in a thread of your own if need be.")
@@ -825,7 +825,8 @@ class NTPTrainer(Trainer):
             )
         if not self.is_world_process_zero():
             return None
-        repo_id = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        token = token or self.args.hub_token
+        repo_id = full_repo_id(self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name, token)
         with TemporaryDirectory() as folder:
             with writing(Path(folder)):
                 write_folder(self, folder, repo_id, **about)
@@ -833,7 +834,7 @@ class NTPTrainer(Trainer):
                 folder,
                 repo_id,
                 private=private if private is not None else self.args.hub_private_repo is not False,
-                token=token or self.args.hub_token,
+                token=token,
                 branch=revision or self.args.hub_revision,
                 commit_message=commit_message or "End of training",
             )

@@ -307,6 +307,26 @@ def test_offline_from_the_cache(hub, folder, monkeypatch):
             call()
 
 
+def test_without_a_connection_a_part_in_the_cache_is_no_tampering(hub, folder, monkeypatch):
+    push_folder(folder, REPO)
+    fetch_record(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set and the local cache does not hold it all"):
+        load_protected(REPO, verify="digests")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    load_protected(REPO, verify="digests")
+
+
+def test_a_card_that_names_another_repository_is_not_published(hub, folder):
+    (folder / "README.md").write_text(CARD + '\nAutoModel.from_pretrained("org/other")\n')
+    write_record(folder, minimal_record())
+    for name in (REPO, "other/other"):
+        with pytest.raises(ValueError, match=f"tells people to load 'org/other'; needed: '{name}'"):
+            push_folder(folder, name)
+    assert not hub.repos
+    assert push_folder(folder, "other").repo_url.repo_id == "org/other", "a name without an owner is one's own"
+
+
 def test_changed_folders_are_not_published(hub, folder):
     (folder / "README.md").write_text("changed")
     with pytest.raises(RecordError):

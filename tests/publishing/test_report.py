@@ -11,12 +11,14 @@ from hf_ntp import FineTuneProtocol, read_record
 from hf_ntp.attacks import ATTACKS
 from hf_ntp.evaluation.measure import ScratchConvergence, SourceAccuracy, Transfer
 from hf_ntp.publishing.card import _ATTACK_LABELS, attack_label, render_card
+from hf_ntp.publishing.evidence import not_tested
 from hf_ntp.publishing.report import build_record, refresh_report, results_table, write_report
 from hf_ntp.run_folder import weight_digests
 
 from .conftest import BASE, SETTINGS, SOURCE, SPARSITY, TARGET, make_curves, make_record, make_results
 
 EXAMPLE = Path(__file__).parents[2] / "model_cards" / "example.md"
+FIGURES = {"slc.png": "Learning curves on scans"}
 
 
 def test_results_have_the_documented_keys(results):
@@ -120,7 +122,7 @@ def test_the_card_says_where_the_target_was_never_seen(record):
 
 def test_the_card_is_the_committed_example(record):
     """Full match; after a wanted change write it anew: `python -m tests.publishing.test_report`."""
-    assert str(render_card(record, "org/photos-only", ["slc.png"])) == EXAMPLE.read_text()
+    assert str(render_card(record, "org/photos-only", FIGURES)) == EXAMPLE.read_text()
 
 
 def test_card_metadata(record):
@@ -212,6 +214,58 @@ def test_attacks_are_added_to_record_card_and_figures(folder, attacks, written):
         refresh_report(folder)
 
 
+def test_attacks_on_each_of_several_domains(tmp_path, attacks, written):
+    results, record = make_several()
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    write_report(tmp_path, record, results)
+    attacks["weights"] = weight_digests(tmp_path)
+    refresh_report(tmp_path, written(attacks))
+    refresh_report(tmp_path, written(attacks | {"target": "org/paintings"}))
+    record, card = read_record(tmp_path), (tmp_path / "README.md").read_text()
+    assert [(part["domain"], "lora" in part["attacks"]) for part in record["evidence"]] == [
+        ("scans", False), ("paintings", False), ("scans", True), ("paintings", True),
+    ]  # fmt: skip
+    assert {"attacks_1.json", "attacks_1.png", "attacks_2.json", "attacks_2.png"} <= set(record["files"])
+    assert "![Learning curves on scans and paintings](slc.png)" in card
+    assert "![Attacks on scans](attacks_1.png)" in card
+    assert "![Attacks on paintings](attacks_2.png)" in card
+
+
+def test_what_was_not_run_is_told_for_each_domain(record):
+    measured = [part | {"domain": name} for part, name in zip(record["evidence"] * 2, ("scans", "maps"), strict=True)]
+    measured[0]["attacks"] = measured[0]["attacks"] | {"lora": {}}
+    first, second, *_ = not_tested(measured, ["scans", "maps"])
+    assert first.startswith("Attacks of hf_ntp that were not run on these weights on scans: ")
+    assert second.startswith("Attacks of hf_ntp that were not run on these weights on maps: ")
+    assert (" lora," in first, " lora," in second) == (False, True)
+    assert "not run on these weights: " in not_tested(measured[:1], ["scans"])[0]
+
+
+def test_results_of_another_model_are_refused(folder, results):
+    (folder / "results.json").write_text(json.dumps(results | {"sparsity": 0.5}))
+    with pytest.raises(ValueError, match=r"results\.json is not the one that was recorded"):
+        refresh_report(folder)
+
+
+def test_licence_and_terms_can_be_changed(folder):
+    refresh_report(folder, license="mit", terms="Photos of cats only.")
+    assert read_record(folder)["terms"] == {"license": "mit", "text": "Photos of cats only."}
+    card = (folder / "README.md").read_text()
+    assert "Photos of cats only." in card
+    assert ModelCard(card).data.license == "mit"
+    refresh_report(folder)
+    assert read_record(folder)["terms"]["license"] == "mit"
+    with pytest.raises(ValueError, match="has spaces"):
+        refresh_report(folder, repo_id="org/has spaces")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"target": "org/scans"}', '{"target": "org/scans", "starts": []}'])
+def test_what_is_no_result_of_attacks_is_named(folder, tmp_path, content):
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(ValueError, match=r"other\.json cannot be read .*needed: results\.json as"):
+        refresh_report(folder, tmp_path / "other.json")
+
+
 def test_attacks_on_another_model_or_domain_are_refused(folder, attacks, written):
     attacks["weights"] = {"model.safetensors": "a" * 64}
     with pytest.raises(ValueError, match="weights are not those of"):
@@ -230,6 +284,18 @@ def test_attacks_with_images_that_the_protection_saw_are_refused(folder, attacks
         refresh_report(folder, written(attacks))
 
 
+def test_attacks_with_training_images_that_are_not_divided_are_refused(results, record, attacks, written, tmp_path):
+    record["unauthorized_domains"][0]["fingerprint"] = {"train": "c" * 64}
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    write_report(tmp_path, record, results)
+    attacks["weights"] = weight_digests(tmp_path)
+    with pytest.raises(ValueError, match="does not divide between the protection and an attacker"):
+        refresh_report(tmp_path, written(attacks))
+    record["method"]["settings"]["target_access"] = "none"
+    write_report(tmp_path, record, results)
+    refresh_report(tmp_path, written(attacks))
+
+
 def test_attacks_have_names_of_their_own_on_cards():
     labels = {name: attack_label(name) for name in ATTACKS}
     assert len(set(labels.values())) == len(ATTACKS)
@@ -237,4 +303,4 @@ def test_attacks_have_names_of_their_own_on_cards():
 
 
 if __name__ == "__main__":
-    EXAMPLE.write_text(str(render_card(make_record(make_results()), "org/photos-only", ["slc.png"])))
+    EXAMPLE.write_text(str(render_card(make_record(make_results()), "org/photos-only", FIGURES)))

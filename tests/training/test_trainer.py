@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback, ViTModel
 
-from hf_ntp import NTPConfig, NTPTrainer, load_protected
+from hf_ntp import NTPConfig, NTPTrainer, load_protected, write_folder
 from hf_ntp.functional import uniform_cross_entropy, whitened_discriminant
 from hf_ntp.models import scale_free_weights, zero_fraction
 from hf_ntp.training.guard import SourceGuard
@@ -649,6 +649,37 @@ def test_push_to_hub(hub, tmp_path):
     assert (loaded.record["terms"]["text"], loaded.record["evidence"]) == ("Photos only.", [])
     assert loaded.record["sparsity"]["achieved"] == pytest.approx(0.6, abs=1e-3)
     assert loaded.record["unauthorized_domains"][0]["classes"] == ["0", "1", "2", "3"]
+
+
+def test_the_card_names_the_owner(hub, tmp_path):
+    ours = trainer(tmp_path, hub_model_id="mine")
+    ours.train()
+    ours.push_to_hub()
+    assert 'load_protected("org/mine"' in hub.model("org/mine").files["README.md"].decode()
+
+
+def test_nothing_of_another_model_stays_in_a_folder(tmp_path):
+    ours = trainer(tmp_path / "run", max_steps=2)
+    ours.train()
+    folder = tmp_path / "published"
+    write_folder(ours, folder)
+    for name in ("results.json", "attacks.json", "slc.png", "model.sig", "model-00001-of-00002.safetensors"):
+        (folder / name).write_text("of another model")
+    write_folder(ours, folder)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"README.md", "authorization.json", "config.json", "model.safetensors"}
+    (folder / "notes.txt").write_text("mine")
+    before = (folder / "README.md").stat().st_mtime_ns
+    with pytest.raises(ValueError, match=r"would be lost: notes\.txt; needed: a folder of its own"):
+        write_folder(ours, folder)
+    assert (folder / "README.md").stat().st_mtime_ns == before
+
+
+def test_who_has_seen_no_target_has_to_name_it(tmp_path):
+    ours = trainer(tmp_path / "run", target_dataset=None, target_access="none", max_steps=2)
+    ours.train()
+    with pytest.raises(ValueError, match=r"needed: the names of what is not authorized"):
+        write_folder(ours, tmp_path / "published")
 
 
 def test_push_an_encoder_without_a_head(hub, tmp_path):
