@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -46,16 +47,19 @@ class FineTuneProtocol:
         """Check the values."""
         object.__setattr__(self, "learning_rates", tuple(sorted(set(self.learning_rates))))
         if (
-            not 0 <= self.warmup_steps < self.steps
+            not isinstance(self.steps, int)
+            or not 0 <= self.warmup_steps < self.steps
             or self.batch_size < 1
             or min(self.weight_decay, self.extensions) < 0
         ):
             raise ValueError(
-                f"the protocol is {self}; needed: steps >= 1, batch_size >= 1, 0 <= warmup_steps < steps, "
-                "weight_decay >= 0 and extensions >= 0."
+                f"the protocol is {self}; needed: a whole number of steps >= 1, batch_size >= 1, 0 <= warmup_steps < "
+                "steps, weight_decay >= 0 and extensions >= 0."
             )
-        if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise ValueError(f"learning_rates are {self.learning_rates}; needed: at least one positive rate.")
+        if not self.learning_rates or not all(0 < rate < math.inf for rate in self.learning_rates):
+            raise ValueError(
+                f"learning_rates are {self.learning_rates}; needed: at least one, each positive and finite."
+            )
         if len(self.learning_rates) < 3:
             object.__setattr__(self, "extensions", 0)
 

@@ -56,6 +56,10 @@ class Probe(Attack):
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}; needed: one of {', '.join(KINDS)}.")
 
+    def settings(self) -> dict[str, Any]:
+        """See :class:`Attack`; statistics were once those of unequal parts, which counted alike."""
+        return {**super().settings(), **({"parts": "equal"} if self.target_statistics else {})}
+
     def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
         """Say so where statistics would have to be re-estimated that are not there."""
         return "the encoder has no BatchNorm" if self.target_statistics and not has_batch_norm(model) else None
@@ -86,7 +90,8 @@ def reestimate_statistics(model: PreTrainedModel, images: Tensor) -> None:
         layer.reset_running_stats()
         layer.momentum = None  # cumulative average
     model.train()
-    for batch in images.split(_STATISTICS_BATCH):
+    # Parts of one size count alike, as they have to, and none is a single image.
+    for batch in images.tensor_split(-(-len(images) // _STATISTICS_BATCH)):
         model(pixel_values=batch.to(model.device))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum

@@ -28,14 +28,14 @@ def invert(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 def recolour(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Dark and bright become two colours that are drawn for every image and channel."""
-    first, second = uniform(rng, 0, 1, 2, len(images), 3, 1, 1)
+    first, second = uniform(rng, 0, 1, 2, *images.shape[:2], 1, 1)
     return torch.lerp(first, second, images)
 
 
 def blend(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Absolute difference to smooth colour noise, as MNIST-M has it to photographs (Ganin et al., 2016)."""
     cells = int(rng.integers(2, 9))
-    noise = F.interpolate(uniform(rng, 0, 1, len(images), 3, cells, cells), images.shape[-2:], mode="bicubic")
+    noise = F.interpolate(uniform(rng, 0, 1, *images.shape[:2], cells, cells), images.shape[-2:], mode="bicubic")
     return (images - noise.clamp(0, 1)).abs()
 
 
@@ -89,7 +89,7 @@ def surroundings(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Change every image by one to three different ones of :data:`CHANGES`, in random order.
 
     Args:
-        images: [N, 3, H, W] in [0, 1].
+        images: [N, C, H, W] in [0, 1].
         rng: The only source of randomness.
 
     Returns:
@@ -113,7 +113,7 @@ class Neighbourhood(Dataset):
     Which change a batch gets depends on the seed and its rows alone, so that a resumed run sees the same.
 
     Args:
-        data: Rows with "pixel_values" [3, H, W] of any range.
+        data: Rows with "pixel_values" [C, H, W] of any range.
         seed: Seed of the changes.
     """
 
@@ -124,7 +124,9 @@ class Neighbourhood(Dataset):
         # Pixels are normalised in ways that only their processor knows: ranges come from some of the images.
         rows = fetch_rows(data, range(min(_RANGE_ROWS, len(self))))
         some = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
-        self._low, high = (find(some.transpose(0, 1).flatten(1), 1).view(3, 1, 1) for find in (torch.amin, torch.amax))
+        self._low, high = (
+            find(some.transpose(0, 1).flatten(1), 1).view(-1, 1, 1) for find in (torch.amin, torch.amax)
+        )
         self._span = (high - self._low).clamp_min(1e-6)
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 
 from ..run_folder import weight_digests, whole_file
 
@@ -22,10 +23,20 @@ def content_key(content: Mapping[str, Any]) -> str:
 
 
 def local_folder(checkpoint: str) -> str:
-    """Return a folder with config and weights: the one given, or a snapshot of the Hub id."""
+    """Return a folder with config and weights: the one given, or a snapshot of the Hub id.
+
+    Raises:
+        FileNotFoundError: If it is neither.
+    """
     if Path(checkpoint).is_dir():
         return checkpoint
-    return snapshot_download(checkpoint, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"])
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        return snapshot_download(checkpoint, allow_patterns=patterns)
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"{checkpoint} is neither a folder nor a name on the Hub; needed: a checkpoint. Check the path."
+        ) from error
 
 
 def checkpoint_digest(folder: Path) -> str:

@@ -99,7 +99,9 @@ class Describer:
 
     def _start(self, arm: Arm) -> dict[str, object]:
         notes = self._config(arm).get("ntp") or {}
-        weights = None if arm.random_init else checkpoint_digest(Path(arm.checkpoint))
+        weights: object = None if arm.random_init else checkpoint_digest(Path(arm.checkpoint))
+        if arm.random_init and arm.attack.needs_source:  # trained on the source, a head of its classes
+            weights = {"classes": len(self._config(arm).get("id2label") or ())}
         # The patterns decide what a mask is, the names where things are; the rest of the note changes nothing.
         telling = ("prune_include", "prune_exclude", "head_name", "encoder_name")
         patterns = {key: value for key, value in notes.items() if key in telling}

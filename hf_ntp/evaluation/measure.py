@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, default_data_collator
 
@@ -29,6 +30,7 @@ from ..run_folder import weight_digests
 from ..training.domains import classifies
 from .arms import Arm, standard_arms
 from .runner import AttackData, LearningCurves, accuracy_of, sample_wise_learning_curves
+from .suite import check_same_architecture
 from .utility import SourceUtility, source_utility
 
 _LIVE_IMAGES = 256
@@ -107,6 +109,7 @@ def measure_transfer(
     """Learning curves of the standard arms on one domain; arguments as in :func:`measure_protection`."""
     protocol = protocol or FineTuneProtocol()
     check_sample_sizes(sample_sizes)
+    check_same_architecture({"unprotected": str(unprotected), "protected": str(protected)})
     shared: dict[str, Any] = {"data": target, "seeds": seeds, "cache_dir": cache_dir, "jobs": jobs}
     arms = standard_arms(str(unprotected), str(protected))
     curves = sample_wise_learning_curves(arms, sample_sizes=sample_sizes, protocol=protocol, **shared)
@@ -149,14 +152,16 @@ def measure_protection(
             any.
 
     Raises:
-        ValueError: If the model has no head for the authorized classes and ``source_train`` is not given.
+        ValueError: If the model has no head for the authorized classes and ``source_train`` is not given, or images
+            have no labels, or the two models are of different architectures.
     """
     check_sample_sizes(sample_sizes)
     accuracy, utility = measure_source(unprotected, protected, source_test, source_train)
+    sparsity = measure_sparsity(load_model(str(protected)), source_test, requested_sparsity)
     transfer = measure_transfer(unprotected, protected, target, sample_sizes, seeds, protocol, cache_dir, jobs)
     return Measurement(
         accuracy,
-        measure_sparsity(load_model(str(protected)), source_test, requested_sparsity),
+        sparsity,
         transfer.curves,
         transfer.convergence,
         transfer.protocol,
@@ -184,6 +189,11 @@ def measure_source(
         ValueError: If the model has no such head and ``train`` is not given.
     """
     check_pixels(test, "the authorized test split")
+    if not test.labelled:
+        raise ValueError(
+            "the images of the authorized test split have no labels; needed: labelled ones, or every accuracy would "
+            "be 0. Protection itself needs none."
+        )
     before, after = (load_model(str(path)) for path in (unprotected, protected))
     if _knows_classes(before, test) and _knows_classes(after, test):
         first, last = (accuracy_of(predictor(model), test) for model in (before, after))
@@ -219,8 +229,8 @@ def measure_sparsity(
     some: Dataset = Subset(source, range(min(len(source), _LIVE_IMAGES)))  # type: ignore[arg-type]
     batches: Iterable[dict[str, Any]] = DataLoader(some, 64, collate_fn=default_data_collator)
     inside = "" if has_head(model) else f"{model.base_model_prefix}."  # parameters are named as in the file of weights
-    if inside:
-        batches = ({"pixel_values": batch["pixel_values"]} for batch in batches)
+    classes = 0 if inside else find_head(model)[1].out_features
+    batches = (batch if _fit_head(batch, classes) else {"pixel_values": batch["pixel_values"]} for batch in batches)
     live: LiveWeights = live_weights(model, weights, batches)
     achieved = zero_fraction(list(weights.values()))
     return SparsityReport(
@@ -234,6 +244,14 @@ def measure_sparsity(
             for name, weight in weights.items()
         },
     )
+
+
+def _fit_head(batch: Mapping[str, Tensor], classes: int) -> bool:
+    """Whether the labels of a batch can be those of a head."""
+    labels = batch.get("labels")
+    if labels is None or labels.is_floating_point() or labels.dim() != 1:
+        return False
+    return bool(labels.min() >= 0) and bool(labels.max() < classes)
 
 
 def scratch_convergence(

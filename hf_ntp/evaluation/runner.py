@@ -56,15 +56,19 @@ class AttackData:
     source: PixelDataset | None = None
 
     def __post_init__(self) -> None:
-        """Check that a label means the same in all parts.
+        """Check that there are labels, and that one means the same in all parts.
 
         Raises:
             TypeError: If they are not `PixelDataset`s.
-            ValueError: If their classes have other names, or another order.
+            ValueError: If a part has no labels, or their classes have other names, or another order.
         """
         for name in ("train", "validation", "test", "source"):
             if name != "source" or self.source is not None:
                 check_pixels(getattr(self, name), name)
+                if not getattr(self, name).labelled:
+                    raise ValueError(
+                        f"the images of {name!r} have no labels; needed: labelled ones, or every accuracy would be 0."
+                    )
         names = {name: getattr(self, name).class_names for name in ("train", "validation", "test")}
         known = {name: tuple(classes) for name, classes in names.items() if classes}
         if len(set(known.values())) > 1:
@@ -110,8 +114,10 @@ class LearningCurves:
 
 def check_seeds(seeds: Sequence[int]) -> None:
     """Raise ``ValueError`` unless there is a seed and none occurs twice: a repeated seed is no second measurement."""
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds are {list(seeds)}; needed: at least one, each of them once, such as 0 1 2.")
+    if not len(seeds) or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ValueError(
+            f"seeds are {list(seeds)}; needed: at least one, none below 0, each of them once, such as 0 1 2."
+        )
 
 
 class _Point(NamedTuple):
@@ -133,9 +139,10 @@ def sample_wise_learning_curves(
     """Attack every arm with nested subsets of the target and measure test accuracy.
 
     One protocol and one grid for all starts of an attack. Per arm, size and seed, the learning rate (or whatever the
-    attack tunes) is the one with the best validation accuracy, the lower one on ties. To save fits, the grid is tried
-    with the first seed, and with another one only if its validation accuracy at the first one's choice is lower by
-    more than :data:`RETUNE_MARGIN`: an attacker who is disappointed tries on. A grid of rates whose highest is the
+    attack tunes) is the one with the best validation accuracy, on ties the one that was tried first: the lower one, or
+    the first seed's choice. To save fits, the grid is tried with the first seed, and with another one only if its
+    validation accuracy at the first one's choice is lower by more than :data:`RETUNE_MARGIN`: an attacker who is
+    disappointed tries on. A grid of rates whose highest is the
     best is extended, by the same rule for all arms (see :class:`FineTuneProtocol`). Accuracies are those of the last
     step.
 
@@ -144,7 +151,8 @@ def sample_wise_learning_curves(
     that folder alone: one that dies holds nobody up, and its fits are taken over.
 
     Args:
-        arms: Starting points and attacks, see :func:`~hf_ntp.evaluation.arms.standard_arms`.
+        arms: Starting points and attacks, each with a name of its own, see
+            :func:`~hf_ntp.evaluation.arms.standard_arms`.
         data: Target data of the attacker.
         sample_sizes: Strictly increasing, at most ``len(data.train)``.
         seeds: Attack seeds; three are the minimum for an interval worth showing.
@@ -157,22 +165,27 @@ def sample_wise_learning_curves(
             accelerator, which small models leave mostly idle. Their results are those of single fits up to rounding.
 
     Raises:
-        ValueError: For sizes that are unsorted, repeated, below 2 or larger than the set, for ``together`` below 1,
-            and for several launched processes without ``cache_dir``: each would do all fits.
+        ValueError: For sizes that are unsorted, repeated, below 2 or larger than the set, for arms of one name, for
+            ``jobs`` and ``together`` below 1, and for several launched processes without ``cache_dir``: each would do
+            all fits.
         RuntimeError: If a fit fails; says which.
     """
     protocol = protocol or FineTuneProtocol()
     check_seeds(seeds)
+    if len({arm.name for arm in arms}) < len(arms):
+        raise ValueError(f"arms are {[arm.name for arm in arms]}; needed: a name of its own for each.")
     if cache_dir is None and _launched("WORLD_SIZE", 1) > 1:
         raise ValueError(
             f"{_launched('WORLD_SIZE', 1)} processes were launched and cache_dir is None; needed: a folder that all "
             "of them see, or each would do all fits. Pass cache_dir, or start one process."
         )
-    if sample_sizes and min(sample_sizes) < 2:
+    if len(sample_sizes) and min(sample_sizes) < 2:
         raise ValueError(
             f"sample_sizes are {list(sample_sizes)}; needed: two images or more, or there is nothing to tell apart."
         )
-    subsets = {seed: nested_subsets(data.train.labels, sample_sizes, seed) for seed in seeds}
+    subsets = {int(seed): nested_subsets(data.train.labels, sample_sizes, int(seed)) for seed in seeds}
+    # As plain integers, whatever they came as: they become part of keys.
+    seeds, sample_sizes = list(subsets), list(next(iter(subsets.values())))
     arms = [replace(arm, checkpoint=local_folder(arm.checkpoint)) for arm in arms]
     run = _Sweep(subsets, data, protocol, ResultCache(cache_dir), jobs, together)
     results: dict[Fit, Accuracies] = {}
@@ -252,6 +265,10 @@ class _Sweep:
     ) -> None:
         if together is not None and together < 1:
             raise ValueError(f"together is {together}; needed: at least 1, the number of fits trained as one.")
+        if jobs is not None and jobs < 1:
+            raise ValueError(
+                f"jobs is {jobs}; needed: at least 1, the number of fits at a time, or None for a default."
+            )
         self.together = together
         self.subsets, self.data, self.protocol, self.cache = subsets, data, protocol, cache
         cores = max(1, joblib.cpu_count() // _launched("LOCAL_WORLD_SIZE", 1))

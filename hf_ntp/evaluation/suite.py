@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from ..attacks import ATTACKS, Attack, FineTuneProtocol, FineTuning
+from ..functional import check_sample_sizes
 from ..models import class_names, has_head
 from .arms import Arm
 from .fits import NOT_ARCHITECTURE
@@ -72,13 +73,16 @@ def run_attacks(
 
     Raises:
         ValueError: For unknown attacks or starts that miss "protected".
+        FloatingPointError: If scratch training diverges, or plain fine-tuning of the unprotected model, or every
+            attack on the protected one: there would be nothing to compare with.
     """
+    check_sample_sizes(sample_sizes)
     if unknown := sorted(set(attacks) - ATTACKS.keys()):
         raise ValueError(f"attacks are {unknown}; needed: names among {', '.join(ATTACKS)}.")
-    if "protected" not in starts or "scratch" in starts or not attacks:
+    if "protected" not in starts or "scratch" in starts or any("/" in start for start in starts) or not attacks:
         raise ValueError(
             f"starts are {list(starts)} and attacks {list(attacks)}; needed: one start called 'protected', none "
-            "called 'scratch' (it is added), and at least one attack."
+            "called 'scratch' (it is added), none with a slash, and at least one attack."
         )
     check_same_architecture(starts)
     protocol = protocol or FineTuneProtocol()
@@ -101,7 +105,7 @@ def run_attacks(
     curves = sample_wise_learning_curves(arms, data, sample_sizes, seeds, protocol, cache_dir, jobs)
     for arm in [arm for arm in arms if arm.name in curves.diverged]:
         start, _, name = arm.name.partition("/")
-        if start == "scratch" or name == _REFERENCE:
+        if start == "scratch" or (start, name) == ("unprotected", _REFERENCE):
             raise FloatingPointError(f"{arm.name}: {DIVERGED}")
         not_run[start][name] = DIVERGED
         arms.remove(arm)

@@ -13,7 +13,10 @@ _ROUNDING = 1e-6
 
 
 class FeatureDistance(NamedTuple):
-    """Distance of features from a reference; both are 0 where they are equal, and do not depend on the units."""
+    """Distance of features from a reference; both are 0 where they are equal, and do not depend on the units.
+
+    A row at the reference's centre has no direction: its cosine distance is 1.
+    """
 
     cosine: Tensor
     """Mean of 1 - cosine similarity, directions seen from the reference's centre; in [0, 2]."""

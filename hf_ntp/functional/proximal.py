@@ -140,7 +140,7 @@ class GlobalSelector:
     Two counting passes over the tensors find the threshold, so that nothing the size of all weights is ever made.
 
     Args:
-        tensors: Called twice; gives the tensors one after another.
+        tensors: Called several times; gives the tensors one after another.
         sparsity: Fraction of zeros over all of them, in [0, 1).
     """
 

@@ -103,11 +103,15 @@ def regrow_zeros(model: PreTrainedModel, seed: int) -> dict[str, float]:
 
 
 def reinit_stem(model: PreTrainedModel, seed: int) -> dict[str, float]:
-    """Re-initialise what comes before the first block: patch or stem convolution, position and class embeddings."""
+    """Re-initialise what comes before the first block: patch or stem convolution, position and class embeddings.
+
+    Where nothing does, the first block begins with its embeddings.
+    """
     first = blocks_of(model)[0]
     names = list(model.state_dict())
     start = next(i for i, name in enumerate(names) if name.startswith(f"{first}."))
-    return _reinitialise(model, names[:start], seed)
+    inside = [name for name in names if name.startswith(f"{first}.") and "embed" in name]
+    return _reinitialise(model, names[:start] or inside, seed)
 
 
 def reinit_first_block(model: PreTrainedModel, seed: int) -> dict[str, float]:

@@ -60,6 +60,21 @@ def find_head(model: PreTrainedModel, head_name: str | None = None) -> tuple[str
     return heads[0], linears[heads[0]]
 
 
+def _other_heads(model: PreTrainedModel, head: str) -> list[str]:
+    """Linear layers beside the head that are heads, too, such as the one for distillation of a DeiT."""
+    body, old = f"{model.base_model_prefix}.", model.get_submodule(head)
+    if not hasattr(model, model.base_model_prefix) or head.startswith(body):
+        return []
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name != head
+        and not name.startswith(body)
+        and (module.in_features, module.out_features) == (old.in_features, old.out_features)
+    ]
+
+
 def class_names(model: PreTrainedModel) -> list[str] | None:
     """Names of a model's classes in the order of its outputs; None where ``id2label`` has placeholders ("LABEL_0")."""
     labels: dict[Any, str] = model.config.id2label or {}
@@ -85,7 +100,8 @@ def replace_head(
     """
     name, old = find_head(model, head_name)
     num_labels = labels if isinstance(labels, int) else len(labels)
-    model.set_submodule(name, fresh_head(old.in_features, num_labels, model, generator))
+    for each in (name, *_other_heads(model, name)):
+        model.set_submodule(each, fresh_head(old.in_features, num_labels, model, generator))
     model.config.num_labels = num_labels
     setattr(model, "num_labels", num_labels)  # noqa: B010 (models keep a copy that nn.Module does not declare)
     if not isinstance(labels, int):
@@ -137,7 +153,8 @@ def prunable_weights(
         ValueError: If nothing is left to prune.
     """
     head, _ = find_head(model, head_name)
-    default = {f"{name}.weight" for name in layers_with_weights(model) if "embed" not in name and name != head}
+    heads = {head, *_other_heads(model, head)}
+    default = {f"{name}.weight" for name in layers_with_weights(model) if "embed" not in name and name not in heads}
     chosen = {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -167,6 +184,8 @@ def noted_prunable_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 def blocks_of(model: PreTrainedModel) -> list[str]:
     """Dotted names of the encoder's blocks (a transformer's layers, a ConvNet's stages), from input to output.
 
+    A list some of whose entries have no parameters is not one of blocks.
+
     Raises:
         ValueError: If the encoder has no list of blocks.
     """
@@ -174,7 +193,10 @@ def blocks_of(model: PreTrainedModel) -> list[str]:
     lists = [
         (name.count("."), -len(module), name)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and name.startswith(body)
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 1
+        and name.startswith(body)
+        and all(any(True for _ in block.parameters()) for block in module)
     ]
     if not lists:
         raise ValueError(
@@ -206,12 +228,13 @@ def recorded_features(head: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def stage_tokens(hidden_states: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+def stage_tokens(hidden_states: Sequence[Tensor] | None, blocks: int = 0) -> tuple[Tensor, ...]:
     """Output of every block as [N, T, D]: the tokens of a transformer, or the positions of a feature map [N, D, H, W].
 
     Args:
         hidden_states: What a model returns with ``output_hidden_states=True``; the first one, the embeddings, is
-            left out.
+            left out, where there is one more than there are blocks.
+        blocks: Number of blocks; 0 where it is not known.
 
     Raises:
         ValueError: If the model returns none.
@@ -221,7 +244,8 @@ def stage_tokens(hidden_states: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
             "the model returns no hidden_states; needed: the output of every block. Use fisher_level='pooled' and "
             "collapse_weight=0, or a model that supports output_hidden_states=True."
         )
-    return tuple(state.flatten(2).mT if state.dim() == 4 else state for state in hidden_states[1:])
+    states = hidden_states[1:] if len(hidden_states) > blocks else hidden_states
+    return tuple(state.flatten(2).mT if state.dim() == 4 else state for state in states)
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -303,7 +327,9 @@ def separate_batch_norms(norms: Sequence[_BatchNorm], sizes: Sequence[int]) -> I
     norms = norms if len(sizes) > 1 else ()
 
     def apart(norm: _BatchNorm, forward: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        first, *others = batch.split(sizes)
+        # Tokens may have been put in the place of images, those of an image one after another.
+        each = len(batch) // sum(sizes)
+        first, *others = batch.split([each * size for size in sizes])
         normalised = [forward(first)]
         # As in frozen_batch_norm_statistics, which would search for layers once per norm and step.
         tracks, norm.track_running_stats = norm.track_running_stats, False

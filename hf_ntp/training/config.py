@@ -13,7 +13,7 @@ from .arguments import PRESETS, ProtectionArguments
 _FREE = {
     "output_dir", "logging_dir", "run_name", "disable_tqdm", "report_to", "project", "trackio_space_id", "log_level",
     "log_level_replica", "logging_steps", "logging_strategy", "logging_first_step", "log_on_each_node", "save_steps",
-    "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "eval_on_start",
+    "save_strategy", "save_total_limit", "do_eval", "eval_steps", "eval_strategy", "eval_on_start",
     "per_device_eval_batch_size", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_strategy",
     "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "dataloader_num_workers", "local_rank",
     "logging_nan_inf_filter", "fsdp", "fsdp_config",
@@ -36,6 +36,7 @@ _REFUSED = {
     "answered anyway, by a checkpoint that resumes exactly.",
     "bf16_full_eval": "It casts the weights themselves, and training would go on with them. Use bf16.",
     "fp16_full_eval": "It casts the weights themselves, and training would go on with them. Use bf16.",
+    "ignore_data_skip": "A resumed run would take other images than one that was not interrupted.",
     "auto_find_batch_size": "A second attempt would start from weights that the first one changed.",
 }
 

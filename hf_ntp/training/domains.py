@@ -32,7 +32,7 @@ class Joined(Dataset):
 
     def __init__(self, parts: Mapping[str, Dataset], labelled: bool) -> None:
         self.parts = dict(parts)
-        self.fingerprint = {name: fingerprint_of(part) for name, part in parts.items()}
+        self.fingerprint = [[name, fingerprint_of(part)] for name, part in parts.items()]  # rows go by their order
         self.class_names = next(iter(_names(parts).values()), None)
         if labelled:
             self.labels = np.concatenate([labels_of(part, name) for name, part in self.parts.items()])

@@ -72,7 +72,13 @@ class PairedDataset(Dataset):
 
 def collate(rows: Any) -> dict[str, Any]:
     """Pass a batch of :class:`PairedDataset` on; collate rows of an ordinary (evaluation) dataset."""
-    return rows if isinstance(rows, dict) else default_data_collator(rows)
+    if isinstance(rows, dict):
+        return rows
+    batch = default_data_collator(rows)
+    labels = batch.get("labels")
+    if labels is not None and labels.numel() == len(rows) and not labels.is_floating_point():
+        batch["labels"] = labels.long().flatten()  # as losses take them, whatever kind of integers they were
+    return batch
 
 
 class PairedSampler(Sampler[Index]):
@@ -141,7 +147,7 @@ def _shuffled(size: int, length: int, rng: np.random.Generator) -> np.ndarray:
 
 def _batch(dataset: Dataset, indices: list[int]) -> dict[str, Any]:
     """Collate the rows of ``indices``; pixels that are not finite are an error (stored uint8 pixels always are)."""
-    batch = default_data_collator(fetch_rows(dataset, indices))
+    batch = collate(fetch_rows(dataset, indices))
     pixels = batch["pixel_values"]
     # A sum takes a fraction of the time of looking at every pixel, and is not finite where one of them is not.
     if not isinstance(dataset, PixelDataset) and not bool(pixels.sum().isfinite()):
@@ -165,7 +171,7 @@ def length_of(dataset: Dataset) -> int:
 
 
 def labels_of(dataset: Dataset, name: str) -> np.ndarray:
-    """All labels of a dataset, [N] int64: its ``labels`` attribute where there is one, else read row by row.
+    """All labels of a dataset, [N] int64: its ``labels`` attribute where that has one per row, else read row by row.
 
     Args:
         dataset: Map-style dataset.
@@ -185,7 +191,8 @@ def labels_of(dataset: Dataset, name: str) -> np.ndarray:
         _batch(dataset, [0])
     labels = column_values(dataset, "labels") if isinstance(dataset, datasets.Dataset) else None
     labels = getattr(dataset, "labels", labels)
-    labels = [dataset[i]["labels"] for i in range(size)] if labels is None else labels
+    if not isinstance(labels, Sized) or len(labels) != size:  # such as names of classes, or those of a larger dataset
+        labels = [dataset[i]["labels"] for i in range(size)]
     values = np.asarray([label.item() if isinstance(label, Tensor) else label for label in labels])
     check_target(values, name)
     check_labels(values, MOST_CLASSES, name)

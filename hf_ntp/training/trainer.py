@@ -9,7 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -97,13 +97,14 @@ _NO_LENGTH = 1e-12
 _STAGING = "_unfinished"
 
 
-def _spare_draws(args: NTPConfig, domains: Sequence[str], shares: Sequence[float] | None) -> int:
-    """Target rows beside every source row that are the attackers': enough for ``attacker_batch_size`` each."""
+def _spare_draws(args: NTPConfig, rows: int, domains: Sequence[str], shares: Sequence[float] | None) -> int:
+    """Target rows beside each of so many source rows: the attackers', ``attacker_batch_size`` or more for each."""
     if not args.attacker_weight:
         return 0
     slots = slot_domains(domains, args.attackers, shares)[: args.attackers]
     images = max((slots.count(name) for name in slots), default=0) * args.attacker_batch_size
-    return math.ceil(images / (args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size))
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return math.ceil(images / min(step, rows))
 
 
 def _source_parts(source: Dataset, weights: Mapping[str, float] | str | None) -> list[tuple[int, float]]:
@@ -115,12 +116,47 @@ def _source_parts(source: Dataset, weights: Mapping[str, float] | str | None) ->
     return [(length_of(part), share) for part, share in zip(parts.values(), shares or [], strict=True)]
 
 
+def _check_sizes(source: Dataset, targets: Mapping[str, Dataset]) -> None:
+    """Raise ``ValueError`` where images are of different sizes: all go through the model together."""
+    shapes = {name: tuple(np.shape(data[0]["pixel_values"])) for name, data in {"source": source, **targets}.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"pixel_values have the shapes {shapes}; needed: one, that of the model. Pre-process all images alike."
+        )
+
+
+@torch.no_grad()
+def _check_call(network: PreTrainedModel, source: Dataset) -> None:
+    """Raise ``ValueError`` where a model does not classify images that it gets as "pixel_values"."""
+    image = torch.as_tensor(source[0]["pixel_values"])[None].to(network.device, network.dtype)
+    training = network.training
+    try:
+        logits = network.eval()(pixel_values=image).logits
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(network).__name__} does not take pixel_values of shape {tuple(image.shape)} and return logits "
+            f"({type(error).__name__}: {str(error)[:200]}); needed: an image classifier of transformers, and images "
+            "as its image processor makes them. Check processing_class, and that config.return_dict is True."
+        ) from error
+    finally:
+        network.train(training)
+    if logits.dim() != 2:
+        raise ValueError(f"{type(network).__name__} returns logits of shape {tuple(logits.shape)}; needed: [N, K].")
+
+
 def _digest(weights: Iterable[Tensor]) -> str:
     """SHA-256 (hex) of weights."""
     digest = hashlib.sha256()
     for parameter in weights:
         digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _count_blocks(network: PreTrainedModel) -> int:
+    """Blocks of an encoder, 0 where that is not known."""
+    with suppress(ValueError):
+        return len(blocks_of(network))
+    return 0
 
 
 def _warn_of_frozen_layers(network: PreTrainedModel, head_name: str) -> None:
@@ -140,7 +176,9 @@ def _warn_of_frozen_layers(network: PreTrainedModel, head_name: str) -> None:
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of images whose highest logit is the label: the default metric of :class:`NTPTrainer`."""
-    return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
+    outputs = prediction.predictions
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs  # hidden states may come with them
+    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
 
 
 class NTPTrainer(Trainer):
@@ -253,6 +291,9 @@ class NTPTrainer(Trainer):
         compared = any((args.target_weight, args.fisher_weight, args.collapse_weight))
         paired = PairedDataset(source, targets, source_transform, seed, compared)
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
+        _check_sizes(source, targets)
+        if not self._headless:
+            _check_call(network, source)
         self._check_fit(network, args, len(paired))
         shares = shares_of(args.target_weights, list(targets), "target_weights")
         self._target_shares = shares or [1 / len(targets)] * len(targets)
@@ -264,7 +305,7 @@ class NTPTrainer(Trainer):
             len(paired),
             [len(labels) for labels in self.target_labels.values()],
             paired.seed,
-            1 + _spare_draws(args, list(targets), shares),
+            1 + _spare_draws(args, len(paired), list(targets), shares),
             _source_parts(source, args.source_weights),
         )
         super().__init__(
@@ -318,7 +359,7 @@ class NTPTrainer(Trainer):
         weights = (p for p in self.model.parameters() if p.requires_grad or not self._headless)
         self._original_weights = _digest((*weights, *kept_adapter))
         self._attacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._batch_norms = batch_norms(network)
+        self._batch_norms, self._blocks = batch_norms(network), _count_blocks(network)
         self._pruning_log: dict[str, Tensor] = {}
         self._terms = self._new_terms()
         self._signals = KeptSignals()
@@ -337,6 +378,12 @@ class NTPTrainer(Trainer):
             )
         if args.attackers and args.attacker_weight and args.attacker_informed:
             blocks_of(network)
+        if step == 1 and (args.fisher_weight or args.collapse_weight):
+            raise ValueError(
+                "a batch has one image of each domain, and the Fisher and collapse terms compare images; needed: two "
+                "or more. Raise per_device_train_batch_size (accumulation does not help: these terms are of a batch), "
+                "or set fisher_weight and collapse_weight to 0."
+            )
         if not has_batch_norm(network):
             return
         if args.gradient_checkpointing:
@@ -440,7 +487,7 @@ class NTPTrainer(Trainer):
         inside = stages or self.args.collapse_weight > 0
         with recorded_features(self._head) as features:
             outputs = model(pixel_values=images, output_hidden_states=inside)
-        return outputs.logits, (features[-1], *(stage_tokens(outputs.hidden_states) if inside else ()))
+        return outputs.logits, (features[-1], *(stage_tokens(outputs.hidden_states, self._blocks) if inside else ()))
 
     def _strength(self) -> Tensor | float:
         """Share of its weight that everything aimed at the target has at this step: warm-up times guard."""
@@ -529,8 +576,7 @@ class NTPTrainer(Trainer):
     def advance_pruning(self, step: int, max_steps: int) -> None:
         """Do what is due after optimizer step ``step``: nothing, a Z-step, the hard prune, or the mask."""
         if self._pool is not None:
-            rate = self.args.attacker_weight * self._get_learning_rate()
-            self._pool.push_back(rate * self._strength())
+            self._pool.push_back(self.args.attacker_weight * self._encoder_rate() * self._strength())
         begin, end = self.args.pruning_begin * max_steps, self.args.pruning_end * max_steps
         if self.pruner.finished:
             self.pruner.enforce_mask()
@@ -540,6 +586,13 @@ class NTPTrainer(Trainer):
             self._pruning_log = self.pruner.update((step - begin) / (end - begin))._asdict()
         if self._pool is not None:
             self._restore_lengths()
+
+    def _encoder_rate(self) -> float:
+        """Learning rate of what attackers train; of several, the highest."""
+        assert self._pool is not None
+        pushed = {id(weight) for weight in self._pool.weights.values()}
+        groups: list[dict[str, Any]] = getattr(self.optimizer, "param_groups", [])
+        return max(float(group["lr"]) for group in groups if any(id(weight) in pushed for weight in group["params"]))
 
     def look_at_source(self, step: int) -> None:
         """After optimizer step ``step``, let the guard see held-out images if it is time to."""
@@ -612,8 +665,10 @@ class NTPTrainer(Trainer):
     def _warn_if_held_back(self) -> None:
         """Say so if the source guard has switched off what was to protect."""
         warm = self.args.target_warmup * self.state.max_steps
-        rows = [row for row in self.state.log_history if "target_strength" in row and row["step"] > warm]
-        share = sum(row["target_strength"] for row in rows) / len(rows) if rows else 1.0
+        log = [row for row in self.state.log_history if row.get("step", 0) > warm]
+        shares = [row["target_strength"] for row in log if "target_strength" in row]
+        total, count = self._terms.state().get("target_strength", (0.0, 0))  # what was not logged
+        share = sum(shares) / len(shares) if shares else total / count if count else 1.0
         if share < _HELD_BACK:
             option = self._guard.option
             by_heart = (
@@ -671,6 +726,7 @@ class NTPTrainer(Trainer):
             self._guard.check_original(self.train_dataset.source)
         self._pruning_log, self._terms = {"sparsity": torch.zeros(())}, self._new_terms()
         self._attacked, self._leaving, self._ended = {}, False, False
+        self._guard.excess = torch.zeros_like(self._guard.excess)
         # A head beside features that are matched gets no gradient, for which DDP would wait.
         fixed = frozen(self._head) if self._matches_features else nullcontext()
         with fixed, self._sharding(), KeptSignals() as self._signals:
@@ -683,7 +739,10 @@ class NTPTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's; FSDP does not shard the model for it."""
-        with self._between_trainings():
+        device = self.args.device
+        others, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+        # Looking at the model changes nothing in what training draws.
+        with self._between_trainings(), torch.random.fork_rng(others, device_type=kind):
             return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
@@ -718,6 +777,8 @@ class NTPTrainer(Trainer):
 
     def _as_pixels(self, data: Any, name: str) -> Any:
         processor: Any = self.processing_class
+        if isinstance(data, PairedDataset):  # the training set, whose authorized rows are what can be evaluated
+            data = data.source
         return as_pixels(data, processor, name, labelled=not self._headless)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
@@ -843,10 +904,13 @@ class NTPTrainer(Trainer):
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on: configuration, data and architecture."""
-        data = {"source": self.train_dataset.source, **self.train_dataset.targets}
-        prints = {name: fingerprint_of(part) for name, part in data.items()}
-        if self._guard.held_out is not None:
-            prints["held_out"] = fingerprint_of(self._guard.held_out)
+        held_out = self._guard.held_out
+        prints = {
+            "source": fingerprint_of(self.train_dataset.source),
+            # A list: which images a step gets depends on the order of the domains.
+            "targets": [[name, fingerprint_of(part)] for name, part in self.train_dataset.targets.items()],
+            "held_out": None if held_out is None else fingerprint_of(held_out),
+        }
         shapes = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
         return {
             **self.args.fingerprint(),

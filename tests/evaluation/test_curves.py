@@ -98,6 +98,16 @@ def test_the_cache_knows_other_weights_data_and_protocols(attack, checkpoints, t
     assert same(fit._replace(arm=Arm("renamed", checkpoints[0]))) == describe(fit)
 
 
+def test_the_cache_knows_how_many_classes_scratch_learns_from_the_source(attack, tmp_path):
+    """With authorized images, random weights are trained with the head that the checkpoint has."""
+    describe = Describer(replace(attack, source=attack.validation), QUICK)
+    for classes in (3, 5):
+        tiny_vit(num_labels=classes).save_pretrained(tmp_path / str(classes))
+    for name, differ in (("source_all_kept", True), ("dense", False)):
+        arms = [Arm("scratch", str(tmp_path / folder), True, ATTACKS[name]) for folder in "35"]
+        assert len({describe(Fit(arm, 6, 0, 1e-3)) for arm in arms}) == 1 + differ
+
+
 def test_a_damaged_cache_entry_counts_as_missing(tmp_path):
     cache = ResultCache(tmp_path)
     cache.put("key", {"test": 0.5})
@@ -207,7 +217,7 @@ def test_bad_protocols():
         FineTuneProtocol(steps=0)
     with pytest.raises(ValueError, match="extensions >= 0"):
         FineTuneProtocol(extensions=-1)
-    with pytest.raises(ValueError, match="at least one positive rate"):
+    with pytest.raises(ValueError, match="at least one, each positive and finite"):
         FineTuneProtocol(learning_rates=())
 
 

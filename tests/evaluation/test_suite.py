@@ -2,16 +2,18 @@ import json
 from dataclasses import replace
 
 import datasets
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageClassification
+from PIL import Image
+from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
-from hf_ntp import AttackData, FineTuneProtocol, compress_folder
-from hf_ntp.attacks import FineTuning
+from hf_ntp import Arm, AttackData, FineTuneProtocol, PixelDataset, compress_folder, sample_wise_learning_curves
+from hf_ntp.attacks import ATTACKS, FineTuning
 from hf_ntp.evaluation import runner
 from hf_ntp.evaluation import suite as suite_module
 from hf_ntp.evaluation.controls import prune_without_protection
-from hf_ntp.evaluation.measure import measure_source, measure_transfer
+from hf_ntp.evaluation.measure import measure_source, measure_sparsity, measure_transfer
 from hf_ntp.evaluation.suite import run_attacks
 from hf_ntp.models import prunable_weights
 
@@ -77,6 +79,65 @@ def test_what_authorized_images_are_worth_to_anybody_is_not_the_checkpoints(chec
     assert results["retained_transfer"]["protected"] == pytest.approx(
         dict.fromkeys(["dense", "transntl", "source_all_new"], 0.05 / 0.3)
     )
+
+
+def test_what_is_wrong_is_found_before_any_fit(checkpoints, attack, monkeypatch):
+    monkeypatch.setattr(runner, "_run", None)
+    starts = {"protected": checkpoints[1]}
+    with pytest.raises(ValueError, match=r"sample_sizes are \[10\]; needed: at least two"):
+        run_attacks(starts, attack, ["dense"], [10])
+    with pytest.raises(ValueError, match="none with a slash"):
+        run_attacks({**starts, "a/b": checkpoints[0]}, attack, ["dense"], [6, 24])
+    with pytest.raises(FileNotFoundError, match="no where is neither a folder nor a name"):
+        sample_wise_learning_curves([Arm("a", "no where")], attack, [6, 24])
+    with pytest.raises(ValueError, match="a name of its own for each"):
+        sample_wise_learning_curves([Arm("a", checkpoints[0])] * 2, attack, [6, 24])
+    with pytest.raises(ValueError, match="jobs is -1"):
+        sample_wise_learning_curves([Arm("a", checkpoints[0])], attack, [6, 24], jobs=-1)
+    with pytest.raises(ValueError, match=r"seeds are \[0, -1\]; needed: .*none below 0"):
+        run_attacks(starts, attack, ["dense"], [6, 24], [0, -1])
+
+
+def test_a_plain_attack_on_the_protected_model_may_diverge(checkpoints, attack, monkeypatch):
+    unprotected, _ = checkpoints
+    alive = runner.Accuracies(0.5, 0.5)
+
+    def run(fits, *rest):
+        (fit,) = fits
+        fails = fit.arm.checkpoint != unprotected and not fit.arm.random_init and fit.arm.name.endswith("/dense")
+        return {fit: runner.Accuracies(float("nan"), float("nan")) if fails else alive}
+
+    monkeypatch.setattr(runner, "_run", run)
+    results = suite(checkpoints, attack, ["mask_kept", "dense"])
+    assert results["not_run"]["protected"] == {"dense": suite_module.DIVERGED}
+    assert results["starts"]["protected"].keys() == {"mask_kept"}
+
+
+def test_unlabelled_images_are_no_measurement(checkpoints, attack):
+    """Their accuracy was 0, before and after."""
+    data = datasets.Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * 12})
+    blank = PixelDataset.from_dataset(data, ViTImageProcessorPil(size={"height": 8, "width": 8}), labelled=False)
+    for part in ("train", "validation", "test", "source"):
+        with pytest.raises(ValueError, match=f"the images of '{part}' have no labels"):
+            replace(attack, **{part: blank})
+    with pytest.raises(ValueError, match="authorized test split have no labels"):
+        measure_source(*checkpoints, blank)
+
+
+def test_models_of_two_architectures_are_not_compared(checkpoints, attack, tmp_path):
+    tiny_resnet().save_pretrained(tmp_path / "resnet")
+    with pytest.raises(ValueError, match="one architecture"):
+        measure_transfer(checkpoints[0], tmp_path / "resnet", attack, [6, 24])
+
+
+def test_sparsity_where_the_head_is_not_of_the_images_classes(checkpoints):
+    assert measure_sparsity(AutoModelForImageClassification.from_pretrained(checkpoints[1]), pixels(12, 0, 4)).live > 0
+
+
+def test_numbers_of_numpy(checkpoints, attack):
+    arms = [Arm("a", checkpoints[0], attack=ATTACKS["knn"])]
+    plain = sample_wise_learning_curves(arms, attack, [6, 24], [0, 1], QUICK, jobs=1)
+    assert sample_wise_learning_curves(arms, attack, np.array([6, 24]), np.arange(2), QUICK, jobs=1) == plain
 
 
 @pytest.mark.parametrize(

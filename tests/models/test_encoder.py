@@ -2,9 +2,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
 from hf_ntp.models import (
     batch_norms,
+    blocks_of,
     check_precision,
     find_head,
     fixed_batch_norms,
@@ -111,6 +113,37 @@ def test_scale_free_weights_may_be_rescaled():
             weight.mul_(3)
     torch.testing.assert_close(model(images).logits, before, atol=1e-3, rtol=1e-3)
     assert scale_free_weights(tiny_vit()) == {}
+
+
+def test_the_first_stage_counts_where_there_is_nothing_before_it():
+    states = [torch.zeros(2, 3, 4)] * 3
+    assert (len(stage_tokens(states, 3)), len(stage_tokens(states, 2)), len(stage_tokens(states))) == (3, 2, 2)
+
+
+def test_lists_without_weights_are_no_blocks():
+    model = tiny_vit()
+    model.after = torch.nn.ModuleList([torch.nn.Flatten(), torch.nn.Flatten(), torch.nn.Flatten()])
+    assert blocks_of(model) == blocks_of(tiny_vit())
+
+
+def test_two_heads():
+    model = DeiTForImageClassificationWithTeacher(
+        DeiTConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_labels=3)
+    )
+    weights = prunable_weights(model, head_name="cls_classifier")
+    assert weights
+    assert not any("classifier" in name for name in weights)
+    replace_head(model, 5, head_name="cls_classifier")
+    assert model(pixel_values=torch.zeros(2, 3, 8, 8)).logits.shape == (2, 5)
+
+
+def test_batch_norm_of_tokens_in_the_place_of_images():
+    norm = torch.nn.BatchNorm1d(2)
+    tokens = torch.randn(12, 2) + torch.arange(12)[:, None]
+    with separate_batch_norms([norm], [1, 2]):  # four tokens each
+        apart = norm(tokens)
+    expected = torch.cat([torch.nn.BatchNorm1d(2)(part) for part in (tokens[:4], tokens[4:])])
+    assert torch.allclose(apart, expected, atol=1e-6)
 
 
 def test_stage_tokens_of_a_model_that_gives_none():

@@ -14,6 +14,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, TrainerCall
 from hf_ntp import NTPConfig, NTPTrainer, load_protected, write_folder
 from hf_ntp.functional import uniform_cross_entropy, whitened_discriminant
 from hf_ntp.models import scale_free_weights, zero_fraction
+from hf_ntp.training.attackers import AttackerPool
 from hf_ntp.training.guard import SourceGuard
 
 from ..conftest import Rows, learn, tiny_resnet, tiny_vit
@@ -633,6 +634,141 @@ def test_transformers_own_answer_to_sigterm_is_refused(tmp_path):
         NTPConfig(output_dir=str(tmp_path), enable_jit_checkpoint=True)
 
 
+class Named(Rows):
+    """A dataset whose ``labels`` are those of another number of rows, such as the names of its classes."""
+
+    def __init__(self, labels, **options):
+        super().__init__(**options)
+        self.truth, self.labels = self.labels, labels
+
+    def __len__(self):
+        return len(self.truth)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.images[index], "labels": int(self.truth[index])}
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2], list(range(96)), 3, None])
+def test_labels_of_other_rows_are_not_those_of_the_dataset(labels, tmp_path):
+    """Of a domain with a list of its classes, only so many rows were used."""
+    ours = trainer(tmp_path, target=Named(labels))
+    assert ours.paired_sampler.target_sizes == [48]
+    assert ours.target_labels["target"].tolist() == [i % 3 for i in range(48)]
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8])
+def test_any_kind_of_integers_can_be_labels(kind, tmp_path):
+    class Odd(Rows):
+        def __getitem__(self, index):
+            row = super().__getitem__(index)
+            return row | {"labels": torch.tensor([row["labels"]], dtype=kind)}
+
+    trainer(tmp_path, source=Odd(), target=Odd(), max_steps=2).train()
+
+
+def test_the_order_of_domains_is_part_of_a_run(tmp_path):
+    targets = {"a": Rows(seed=1), "b": Rows(seed=2)}
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(tmp_path, target=targets, **options).train()
+    other = trainer(tmp_path, target=dict(reversed(targets.items())), **options)
+    with pytest.raises(ValueError, match="data: "):
+        other.train(str(tmp_path / "checkpoint-2"))
+
+
+def test_a_target_called_source_hides_no_data(tmp_path):
+    source = Rows()
+    source.fingerprint = "a"
+    prints = trainer(tmp_path, source=source, target={"source": Rows(seed=1)}).settings()["data"]
+    assert prints["source"] == "a"
+
+
+def test_the_push_has_the_rate_of_the_encoder(tmp_path):
+    model = tiny_vit()
+    head = {"params": model.classifier.parameters(), "lr": 1e-2}
+    first, *rest = model.vit.parameters()
+    groups = [head, {"params": [first], "lr": 1e-7}, {"params": rest, "lr": 1e-3}]
+    config = trainer(tmp_path, attackers=1, max_steps=3).args
+    optimizer = torch.optim.AdamW(groups)
+    ours = NTPTrainer(model, config, Rows(), Rows(seed=1), optimizers=(optimizer, None))
+    rates = []
+    ours.add_callback(Call(lambda: rates.append(ours._encoder_rate())))
+    ours.train()
+    assert rates[0] == pytest.approx(1e-3, rel=0.5)
+
+
+class Call(TrainerCallback):
+    def __init__(self, action):
+        self.action = action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.action()
+
+
+def test_looking_at_the_model_changes_nothing(tmp_path):
+    """Evaluation draws, too, from what dropout draws from."""
+    models = [tiny_vit(dropout=0.2) for _ in range(2)]
+    for model, often in zip(models, ("no", "steps"), strict=True):
+        options = {"eval_strategy": often, "eval_steps": 1, "evaluation": Rows(seed=5), "source_tolerance": []}
+        trainer(tmp_path / often, model=model, max_steps=6, **options).train()
+    one, other = (model.state_dict() for model in models)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_second_training_begins_with_a_clean_guard(tmp_path):
+    ours = trainer(tmp_path / "a", max_steps=2)
+    ours._guard.excess = torch.tensor(0.9)
+    ours.train()
+    assert float(ours._guard.excess) < 0.9
+
+
+def test_what_was_held_back_is_told_without_a_log(tmp_path, caplog):
+    ours = trainer(tmp_path, logging_strategy="no", source_tolerance=[1e-6, 1e-6])
+    ours.look_at_source = lambda step: None
+    ours._guard._note = lambda *_: None
+    ours.add_callback(Call(lambda: setattr(ours._guard, "excess", torch.tensor(1.0))))
+    ours.train()
+    assert "Everything aimed at the target had" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_device_train_batch_size": 1, "fisher_weight": 1.0}, "a batch has one image of each domain"),
+        ({"target": Rows(image_size=4)}, "pixel_values have the shapes"),
+        ({"source": Rows(image_size=16), "target": Rows(image_size=16)}, "does not take pixel_values"),
+    ],
+)
+def test_what_would_fail_amid_training(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **options)
+
+
+def test_few_rows_give_attackers_as_many_images_as_asked_for(tmp_path):
+    ours = trainer(tmp_path, source=Rows(size=6), attackers=2, attacker_batch_size=12, max_steps=2)
+    seen = []
+    step = AttackerPool.step
+
+    def noted(pool, images, *rest):
+        seen.append(sum(len(labels) for parts in images.values() for _, labels in parts))
+        return step(pool, images, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AttackerPool, "step", noted)
+        ours.train()
+    assert min(seen) >= 2 * 12
+
+
+def test_the_training_set_can_be_evaluated(tmp_path):
+    ours = trainer(tmp_path, max_steps=2)
+    assert ours.evaluate(ours.train_dataset)["eval_accuracy"] >= 0
+
+
+def test_accuracy_where_hidden_states_come_along(tmp_path):
+    model = tiny_vit()
+    model.config.output_hidden_states = True
+    assert "eval_accuracy" in trainer(tmp_path, model=model, evaluation=Rows(seed=5)).evaluate()
+
+
 def test_push_to_hub(hub, tmp_path):
     """Private, one commit, and a card that says that nothing was measured."""
     ours = trainer(tmp_path, hub_model_id="org/model")
@@ -676,7 +812,7 @@ def test_nothing_of_another_model_stays_in_a_folder(tmp_path):
 
 
 def test_who_has_seen_no_target_has_to_name_it(tmp_path):
-    ours = trainer(tmp_path / "run", target_dataset=None, target_access="none", max_steps=2)
+    ours = trainer(tmp_path / "run", target=NOTHING, target_access="none", max_steps=2)
     ours.train()
     with pytest.raises(ValueError, match=r"needed: the names of what is not authorized"):
         write_folder(ours, tmp_path / "published")

@@ -17,8 +17,11 @@ def score(transfer: str, scratch: str, sizes: str) -> dict[str, float]:
     """Compute SLC-AUC of curves typed as text: one line per seed, one number per sample size."""
     # The script, not its folder: evaluate takes a folder for a script of the folder's name, and Spaces lie in "app".
     metric = evaluate.load(str(Path(__file__).with_name("slc_auc.py")))
+    numbers = parse(sizes)[0]
+    if not all(number.is_integer() for number in numbers):
+        raise ValueError(f"found sample sizes {sizes.strip()!r}; needed: whole numbers, such as 10 100 1000")
     return metric.compute(
-        predictions=parse(transfer), references=parse(scratch), sample_sizes=[int(size) for size in parse(sizes)[0]]
+        predictions=parse(transfer), references=parse(scratch), sample_sizes=[int(number) for number in numbers]
     )
 
 
