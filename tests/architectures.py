@@ -30,6 +30,33 @@ _MAE = {
 _RESNET = {"embedding_size": 8, **_STAGES, "layer_type": "basic"}
 _CONVNEXT3 = {"hidden_sizes": [4, 8, 8, 16], "depths": [1, 1, 1, 1], "image_size": SIZE}
 _MOBILE = {"image_size": SIZE, "depth_multiplier": 0.1, "finegrained_output": False}
+_LEVIT = {
+    "image_size": SIZE,
+    "hidden_sizes": [16, 24, 32],
+    "num_attention_heads": [1, 2, 2],
+    "depths": [1, 1, 1],
+    "key_dim": [8, 8, 8],
+}
+_SEGFORMER = {
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [8, 8, 16, 16],
+    "num_attention_heads": [1, 1, 2, 2],
+    "mlp_ratios": [2, 2, 2, 2],
+}
+_HGNET = {
+    "embedding_size": 8,
+    "stem_channels": [3, 8, 8],
+    "stage_in_channels": [8, 16],
+    "stage_mid_channels": [8, 8],
+    "stage_out_channels": [16, 24],
+    "stage_num_blocks": [1, 1],
+    "stage_downsample": [False, True],
+    "stage_light_block": [False, True],
+    "stage_kernel_size": [3, 5],
+    "stage_numb_of_layers": [2, 2],
+    "depths": [1, 1],
+    "hidden_sizes": [16, 24],
+}
 
 CLASSIFIERS = {
     "ViT": (t.ViTForImageClassification, t.ViTConfig, _VIT),
@@ -53,6 +80,9 @@ CLASSIFIERS = {
     "CLIP": (t.CLIPForImageClassification, t.CLIPConfig, {"vision_config": _VIT, "text_config": _TEXT}),
     "SigLIP": (t.SiglipForImageClassification, t.SiglipConfig, {"vision_config": _VIT, "text_config": _TEXT}),
     "MobileNetV2": (t.MobileNetV2ForImageClassification, t.MobileNetV2Config, _MOBILE),
+    "LeViT": (t.LevitForImageClassification, t.LevitConfig, _LEVIT),
+    "SegFormer": (t.SegformerForImageClassification, t.SegformerConfig, _SEGFORMER),
+    "HGNetV2": (t.HGNetV2ForImageClassification, t.HGNetV2Config, _HGNET),
     "RegNet": (t.RegNetForImageClassification, t.RegNetConfig, {"embedding_size": 8, **_STAGES, "groups_width": 8}),
 }
 """Class, configuration class and options of models with a classification head."""

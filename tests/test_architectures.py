@@ -9,7 +9,8 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, T
 from hf_ntp import Arm, NTPConfig, NTPTrainer
 from hf_ntp.attacks import ATTACKS, FineTuneProtocol, Loot
 from hf_ntp.evaluation.runner import load_start
-from hf_ntp.models import noted_prunable_weights, zero_fraction
+from hf_ntp.models import noted_prunable_weights, with_head, zero_fraction
+from hf_ntp.models.changes import reinit_first_block, reinit_last_block, reinit_stem
 
 from .architectures import CLASSIFIERS, ENCODERS, SIZE, build
 from .conftest import Rows
@@ -53,7 +54,8 @@ def everything(model, images):
 
 def options_of(config):
     """The configuration without what saving adds."""
-    added = ("architectures", "dtype", "transformers_version", "_name_or_path")
+    # LeViT's configuration adds to down_ops whenever one is made.
+    added = ("architectures", "dtype", "transformers_version", "_name_or_path", "down_ops")
     nested = {key: options_of(value) if isinstance(value, dict) else value for key, value in config.items()}
     return {key: value for key, value in nested.items() if key not in added}
 
@@ -90,6 +92,14 @@ def test_it_resumes_bit_for_bit(protected):
     trainer(again, run, name in CLASSIFIERS).train(str(run / f"checkpoint-{STEPS // 2}"))
     weights = again.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [reinit_stem, reinit_first_block, reinit_last_block])
+def test_parts_are_found(protected, change):
+    _, model, saved, _ = protected
+    changed = type(model).from_pretrained(saved)
+    change(with_head(changed), 5)
+    assert any(not torch.equal(value, model.state_dict()[name]) for name, value in changed.state_dict().items())
 
 
 def test_it_can_be_attacked(protected):

@@ -105,13 +105,16 @@ def regrow_zeros(model: PreTrainedModel, seed: int) -> dict[str, float]:
 def reinit_stem(model: PreTrainedModel, seed: int) -> dict[str, float]:
     """Re-initialise what comes before the first block: patch or stem convolution, position and class embeddings.
 
-    Where nothing does, the first block begins with its embeddings.
+    Where nothing does, the stem is what the first block begins with.
     """
     first = blocks_of(model)[0]
     names = list(model.state_dict())
     start = next(i for i, name in enumerate(names) if name.startswith(f"{first}."))
-    inside = [name for name in names if name.startswith(f"{first}.") and "embed" in name]
-    return _reinitialise(model, names[:start] or inside, seed)
+    if start == 0:
+        children = model.get_submodule(first).named_children()
+        stem = next(name for name, child in children if any(True for _ in child.parameters()))
+        return _reinitialise(model, _belongs(model, f"{first}.{stem}"), seed)
+    return _reinitialise(model, names[:start], seed)
 
 
 def reinit_first_block(model: PreTrainedModel, seed: int) -> dict[str, float]:

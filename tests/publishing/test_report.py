@@ -17,7 +17,7 @@ from hf_ntp.run_folder import weight_digests
 
 from .conftest import BASE, SETTINGS, SOURCE, SPARSITY, TARGET, make_curves, make_record, make_results
 
-EXAMPLE = Path(__file__).parents[2] / "model_cards" / "example.md"
+EXAMPLE = Path(__file__).parent / "example_card.md"
 FIGURES = {"slc.png": "Learning curves on scans"}
 
 
