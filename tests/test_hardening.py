@@ -18,6 +18,7 @@ from hf_ntp.publishing.strict_json import strict_json
 from hf_ntp.run_folder import RUN_FILE, Stopwatch, claim_run_folder
 from hf_ntp.training.arguments import ProtectionArguments
 from hf_ntp.training.checkpoint import SCALARS_FILE, TENSORS_FILE
+from hf_ntp.training.objective import TargetBatch, fisher_term
 
 from .conftest import Rows, tiny_resnet, tiny_vit
 from .publishing.conftest import make_results
@@ -204,3 +205,15 @@ def test_a_last_batch_of_one_image_may_be_left_out(tmp_path):
     ours = trainer(tmp_path, tiny_resnet(), source=Rows(49), dataloader_drop_last=True, max_steps=7)
     ours.train()
     assert torch.isfinite(ours.model.classifier[1].weight).all()
+
+
+@pytest.mark.parametrize("fisher", ["whitened", "trace_ratio"])
+@pytest.mark.parametrize("spread", [1e3, 1.0, 1e-5, 1e-7, 1e-20, 0.0])
+def test_features_that_hardly_differ_have_a_finite_gradient(fisher, spread):
+    features = (spread * torch.randn(32, 16, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    labels = torch.arange(32) % 4
+    options = ProtectionArguments(fisher=fisher, fisher_level="pooled")
+    term = fisher_term(TargetBatch(features, (), labels), labels, 4, options)
+    term.backward()
+    assert bool(term.isfinite())
+    assert bool(features.grad.isfinite().all())

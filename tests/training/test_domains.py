@@ -163,7 +163,7 @@ def test_without_a_head_labels_may_differ(tmp_path):
     domains = {"a": Named(["cat", "dog", "cow"]), "b": Unlabelled(20)}
     ours = trainer(tmp_path, tiny_encoder(), source=domains, max_steps=2)
     ours.train()
-    assert ours.settings()["data"]["source"] == {"a": "48 rows", "b": "20 rows"}
+    assert ours.settings()["data"]["source"] == [["a", "48 rows"], ["b", "20 rows"]]
 
 
 class Vectors(Rows):

@@ -199,9 +199,10 @@ def test_statistics_that_attackers_would_mix_are_refused(monkeypatch):
 
 def test_images_of_attackers_are_counted_over_processes_and_micro_batches():
     """4 attackers x 16 images: 8 rows beside each of 8 source rows, and fewer where a step has more source rows."""
-    assert _spare_draws(options_of(), ["a"], None) == 8
-    assert _spare_draws(options_of(), ["a", "b"], None) == 4
-    assert _spare_draws(options_of(world_size=2), ["a"], None) == 4
-    assert _spare_draws(options_of(world_size=2, gradient_accumulation_steps=3), ["a"], None) == 2
+    assert _spare_draws(options_of(), 2, ["a"], None) == 32, "an epoch has no more"
+    assert _spare_draws(options_of(), 1000, ["a"], None) == 8
+    assert _spare_draws(options_of(), 1000, ["a", "b"], None) == 4
+    assert _spare_draws(options_of(world_size=2), 1000, ["a"], None) == 4
+    assert _spare_draws(options_of(world_size=2, gradient_accumulation_steps=3), 1000, ["a"], None) == 2
     for off in ({"attacker_weight": 0.0}, {"attackers": 0}):
-        assert _spare_draws(options_of(**off), ["a"], None) == 0
+        assert _spare_draws(options_of(**off), 1000, ["a"], None) == 0

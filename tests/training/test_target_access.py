@@ -92,7 +92,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, access):
     settings = json.loads((tmp_path / "cut" / "checkpoint-6" / "ntp_state.json").read_text())["settings"]
     assert settings["target_access"] == access
     known = {"unlabelled": "20 rows, labels ", "none": "neighbourhood of 48 rows"}[access]
-    assert any(value.startswith(known) for value in settings["data"].values())
+    assert all(value.startswith(known) for _, value in settings["data"]["targets"])
 
 
 def test_without_any_target_data(tmp_path):
