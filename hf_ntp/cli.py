@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
+from unicodedata import category
 
 from .interruption import unwind_on_sigterm
 
@@ -182,7 +183,12 @@ def _show_record(record: dict[str, Any]) -> str:
         lines.append(f"{'evidence':<16}none was measured")
     lines += [f"{'not claimed':<16}{item}" for item in record["not_tested"]]
     # Nothing that a record says may move the cursor or begin a line: it could forge what stands above it.
-    return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
+    return "\n".join("".join(map(_printable, line)) for line in lines)
+
+
+def _printable(character: str) -> str:
+    harmless = character.isprintable() or category(character) == "Zs"
+    return character if harmless else ascii(character)[1:-1]
 
 
 COMMANDS = {

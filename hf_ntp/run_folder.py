@@ -104,7 +104,7 @@ def clear_unfinished(folder: Path, name: str | None = None) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file or a folder; what is not there, or cannot be removed, is no error."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):

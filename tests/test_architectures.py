@@ -9,6 +9,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, T
 from hf_ntp import Arm, NTPConfig, NTPTrainer
 from hf_ntp.attacks import ATTACKS, FineTuneProtocol, Loot
 from hf_ntp.evaluation.runner import load_start
+from hf_ntp.evaluation.suite import check_same_architecture
 from hf_ntp.models import noted_prunable_weights, with_head, zero_fraction
 from hf_ntp.models.changes import reinit_first_block, reinit_last_block, reinit_stem
 
@@ -92,6 +93,13 @@ def test_it_resumes_bit_for_bit(protected):
     trainer(again, run, name in CLASSIFIERS).train(str(run / f"checkpoint-{STEPS // 2}"))
     weights = again.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_what_was_saved_again_is_of_the_same_architecture(protected, tmp_path):
+    name, model, saved, _ = protected
+    build(name).save_pretrained(tmp_path / "before")
+    type(model).from_pretrained(saved).save_pretrained(tmp_path / "after")
+    check_same_architecture({folder: str(tmp_path / folder) for folder in ("before", "after")})
 
 
 @pytest.mark.parametrize("change", [reinit_stem, reinit_first_block, reinit_last_block])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, get_scheduler
 
-from ..models import find_head, has_batch_norm, noted_prunable_weights, replace_head
+from ..models import has_batch_norm, heads_of, noted_prunable_weights, replace_head
 from .attack import Attack, FineTuneProtocol, Loot, Predict, head_mismatch
 from .changes import CHANGES
 from .ensemble import Ensemble
@@ -149,8 +149,7 @@ def zero_masks(model: PreTrainedModel) -> list[tuple[nn.Parameter, Tensor]]:
 
 def bias_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     """Biases, weights of norm layers and the (fresh) head; everything else is frozen in place."""
-    _, head = find_head(model)
-    chosen = {id(parameter): parameter for parameter in head.parameters()}
+    chosen = {id(parameter): parameter for head in heads_of(model).values() for parameter in head.parameters()}
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or parameter.dim() == 1:
             chosen[id(parameter)] = parameter

@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import find_head, layers_with_weights, replace_head
+from ..models import heads_of, layers_with_weights, replace_head
 from .attack import Attack, FineTuneProtocol, Loot, Predict
 from .fine_tuning import cross_entropy_on, predictor, train
 
@@ -67,8 +67,8 @@ class PeftTuning(Attack):
         if self.kind == "dora":
             revive_dead_channels(model, modules)
         inject_adapter_in_model(self._config(modules), model)
-        _, head = find_head(model)
-        head.requires_grad_(True)
+        for head in heads_of(model).values():
+            head.requires_grad_(True)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         loss = cross_entropy_on(model, loot.images, loot.labels, protocol.batch_size, seed)
         train(model, parameters, loss, protocol, value, seed)
@@ -101,9 +101,9 @@ def revive_dead_channels(model: PreTrainedModel, modules: list[str]) -> None:
 
 def adaptable_modules(model: PreTrainedModel) -> list[str]:
     """Dotted names of the encoder's layers that take an adapter, by type; the stem is one of them, the head is not."""
-    head, _ = find_head(model)
+    heads = heads_of(model)
     return [
         name
         for name, layer in layers_with_weights(model).items()
-        if name != head and isinstance(layer, _ADAPTABLE_MODULES) and getattr(layer, "groups", 1) == 1
+        if name not in heads and isinstance(layer, _ADAPTABLE_MODULES) and getattr(layer, "groups", 1) == 1
     ]

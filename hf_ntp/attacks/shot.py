@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..models import find_head
+from ..models import heads_of
 from .attack import Attack, FineTuneProtocol, Loot, Predict, head_mismatch
 from .features import features_and_logits
 from .fine_tuning import batches_of, predictor, train
@@ -53,8 +53,8 @@ class Shot(Attack):
 
     def fit(self, model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, value: float, seed: int) -> Predict:
         """Adapt ``model`` in place at peak rate ``value``; see :class:`Attack`."""
-        _, head = find_head(model)
-        head.requires_grad_(False)
+        for head in heads_of(model).values():
+            head.requires_grad_(False)
         body = [parameter for parameter in model.parameters() if parameter.requires_grad]
         images = loot.images
         if loot.pool is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..models import find_head, has_head, replace_head
+from ..models import find_head, has_head, heads_of, replace_head
 from .attack import NO_HEAD, Attack, FineTuneProtocol, Loot, Predict
 from .fine_tuning import FineTuning, batches_of, cross_entropy_on, train
 from .perturbations import perturb
@@ -61,7 +61,8 @@ class SourceTuning(Attack):
             replace_head(model, classes, torch.Generator().manual_seed(seed))
         if self.layers == "last":
             model.requires_grad_(False)
-            find_head(model)[1].requires_grad_(True)
+            for head in heads_of(model).values():
+                head.requires_grad_(True)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         loss = cross_entropy_on(model, images, labels, protocol.batch_size, seed)
         train(model, parameters, loss, part_of(protocol, _SOURCE_SHARE), value, seed)

@@ -211,14 +211,23 @@ def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTunePr
     }
 
 
+# Trainer notes problem_type when it computes a loss; weights that are stored without zeros are the same weights; the
+# configuration of a LeViT adds to down_ops whenever one is made.
+_NO_SHAPE = (*NOT_ARCHITECTURE, "dtype", "architectures", "problem_type", "quantization_config", "down_ops")
+
+
+def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration, and of those in it, decides the sizes and the computation of a model."""
+    return {
+        key: _shape(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in _NO_SHAPE
+    }
+
+
 def check_same_architecture(starts: Mapping[str, str]) -> None:
     """Raise ``ValueError`` unless all checkpoints are of one model type with equal sizes."""
-    # Trainer notes problem_type when it computes a loss; weights that are stored without zeros are the same weights.
-    ignored = (*NOT_ARCHITECTURE, "dtype", "architectures", "problem_type", "quantization_config")
-    shapes = {}
-    for start, path in starts.items():
-        config = AutoConfig.from_pretrained(path).to_dict()
-        shapes[start] = {key: value for key, value in config.items() if key not in ignored}
+    shapes = {start: _shape(AutoConfig.from_pretrained(path).to_dict()) for start, path in starts.items()}
     first, *others = shapes
     for other in others:
         if differing := [key for key in shapes[first] if shapes[first][key] != shapes[other].get(key)]:

@@ -60,19 +60,25 @@ def find_head(model: PreTrainedModel, head_name: str | None = None) -> tuple[str
     return heads[0], linears[heads[0]]
 
 
-def _other_heads(model: PreTrainedModel, head: str) -> list[str]:
-    """Linear layers beside the head that are heads, too, such as the one for distillation of a DeiT."""
-    body, old = f"{model.base_model_prefix}.", model.get_submodule(head)
-    if not hasattr(model, model.base_model_prefix) or head.startswith(body):
-        return []
-    return [
-        name
+def heads_of(model: PreTrainedModel, head_name: str | None = None) -> dict[str, nn.Linear]:
+    """Heads by name: the one of :func:`find_head`, and others beside it, such as the one for distillation of a DeiT.
+
+    Args:
+        model: Any model that :func:`find_head` understands.
+        head_name: See :func:`find_head`.
+    """
+    first, head = find_head(model, head_name)
+    body = f"{model.base_model_prefix}."
+    if not hasattr(model, model.base_model_prefix) or first.startswith(body):
+        return {first: head}
+    beside = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and name != head
         and not name.startswith(body)
-        and (module.in_features, module.out_features) == (old.in_features, old.out_features)
-    ]
+        and (module.in_features, module.out_features) == (head.in_features, head.out_features)
+    }
+    return {first: head, **beside}
 
 
 def class_names(model: PreTrainedModel) -> list[str] | None:
@@ -88,7 +94,7 @@ def replace_head(
     generator: torch.Generator | None = None,
     head_name: str | None = None,
 ) -> None:
-    """Put a fresh linear head on the encoder, in place.
+    """Put a fresh linear head on the encoder, in place, or several where it has them.
 
     Weights are drawn from N(0, initializer_range), as `transformers` does; the bias is zero.
 
@@ -98,10 +104,9 @@ def replace_head(
         generator: Source of randomness, for reproducible heads.
         head_name: See :func:`find_head`.
     """
-    name, old = find_head(model, head_name)
     num_labels = labels if isinstance(labels, int) else len(labels)
-    for each in (name, *_other_heads(model, name)):
-        model.set_submodule(each, fresh_head(old.in_features, num_labels, model, generator))
+    for name, old in heads_of(model, head_name).items():
+        model.set_submodule(name, fresh_head(old.in_features, num_labels, model, generator))
     model.config.num_labels = num_labels
     setattr(model, "num_labels", num_labels)  # noqa: B010 (models keep a copy that nn.Module does not declare)
     if not isinstance(labels, int):
@@ -152,8 +157,7 @@ def prunable_weights(
     Raises:
         ValueError: If nothing is left to prune.
     """
-    head, _ = find_head(model, head_name)
-    heads = {head, *_other_heads(model, head)}
+    heads = heads_of(model, head_name)
     default = {f"{name}.weight" for name in layers_with_weights(model) if "embed" not in name and name not in heads}
     chosen = {
         name: parameter

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub.utils import validate_repo_id
+
 from ..data import DomainReference
 from ..evaluation.measure import Measurement, measure_sparsity
 from ..models import has_head, hub_id, plain_model
@@ -16,7 +18,7 @@ from ..training.domains import Joined
 from .card import NO_REPO
 from .errors import RecordError, listed
 from .record import RECORD_FILE, SIGNATURE_FILE, read_record
-from .report import CURVES_FIGURE, RESULTS_FILE, build_record, build_results, suite_files, write_report
+from .report import CURVES_FIGURE, build_record, build_results, suite_files, write_report
 
 if TYPE_CHECKING:
     from ..training.trainer import NTPTrainer
@@ -51,9 +53,12 @@ def write_folder(
 
     Raises:
         ValueError: If the model is not protected yet, or the measurement is of another one, or one domain of several,
-            or the folder holds files that are not published with a model.
+            or the folder holds files that are not published with a model, or cannot be replaced as a whole.
     """
-    folder = Path(folder).absolute()
+    if repo_id != NO_REPO:
+        validate_repo_id(repo_id)
+    folder = Path(folder).resolve()
+    _check_place(folder)
     model = trainer.model
     if not getattr(model.config, "ntp", None):
         raise ValueError(
@@ -105,15 +110,28 @@ def write_folder(
         _check_replaceable(folder, os.listdir(staged))
 
 
+def _check_place(folder: Path) -> None:
+    """Raise ``ValueError`` where no folder can be put, or the one that is there cannot be replaced as a whole."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; needed: a folder, or a name that is not taken.")
+    if folder.is_mount() or Path.cwd().is_relative_to(folder):
+        raise ValueError(
+            f"{folder} is a mount point or holds the working directory; needed: a folder that can be replaced as a "
+            "whole. Choose one inside it."
+        )
+
+
 def _check_replaceable(folder: Path, written: Sequence[str]) -> None:
     """Raise ``ValueError`` where more than a published model would be lost with a folder."""
     if not folder.is_dir():
         return
-    known = {*written, RECORD_FILE, SIGNATURE_FILE, RESULTS_FILE, CURVES_FIGURE}
+    known = {*written, RECORD_FILE, SIGNATURE_FILE}
     with suppress(FileNotFoundError, RecordError):
-        known |= {name for names in suite_files(read_record(folder)).values() for name in names}
-    weights = (".safetensors", ".safetensors.index.json")
-    if others := sorted(name for name in os.listdir(folder) if name not in known and not name.endswith(weights)):
+        record = read_record(folder)
+        ours = {CURVES_FIGURE, *(name for names in suite_files(record).values() for name in names)}
+        known |= {name for name in record["files"] if name in ours or name.endswith((".json", ".safetensors"))}
+    found = {path.name for path in folder.iterdir() if path.name not in known or not path.is_file()}
+    if others := sorted(found):
         raise ValueError(
             f"{folder} holds files that are not published with a model and would be lost: {listed(others)}; needed: a "
             "folder of its own. Choose another one, or move them."

@@ -59,16 +59,25 @@ def write_record(folder: str | Path, record: Mapping[str, Any]) -> None:
         RecordError: If it could not be read again: it does not fit the schema, or the folder holds links or odd names.
     """
     clear_unfinished(Path(folder))
-    whole = {**record, "files": file_digests(folder)}
+    data = encode_record({**record, "files": file_digests(folder)})
+    with whole_file(Path(folder) / RECORD_FILE) as staged:
+        staged.write_bytes(data)
+
+
+def encode_record(record: Mapping[str, Any]) -> bytes:
+    """Return a record as it is written.
+
+    Raises:
+        RecordError: If it could not be read again.
+    """
     try:
-        data = (json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+        data = (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise RecordError(
             f"the record cannot be written as JSON ({error}); needed: text and finite numbers."
         ) from error
     validate_record(_parse(data, "the record to write"))
-    with whole_file(Path(folder) / RECORD_FILE) as staged:
-        staged.write_bytes(data)
+    return data
 
 
 def read_record(folder: str | Path, links_into: str | Path | None = None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from .evidence import (
     suite_measurement,
 )
 from .figure import plot_learning_curves
-from .record import SCHEMA_VERSION, SIGNATURE_FILE, read_record, write_record
+from .record import SCHEMA_VERSION, SIGNATURE_FILE, encode_record, read_record, write_record
 from .strict_json import strict_json
 from .verify import verify_folder
 
@@ -182,12 +182,7 @@ def write_report(
         attacks: What :func:`hf_ntp.evaluation.suite.run_attacks` returned for these weights, if it was run, by the
             name of the unauthorized domain.
         repo_id: What the card tells users to pass to ``from_pretrained``.
-
-    Raises:
-        ValueError: If that cannot be the name of a repository.
     """
-    if repo_id != NO_REPO:
-        validate_repo_id(repo_id)
     folder = Path(folder)
     figures: dict[str, str] = {}
     if results is not None:
@@ -236,6 +231,8 @@ def refresh_report(
         ValueError: If the suite was run on other weights, or on a domain that the record does not name, or with
             images that the protection may have seen, or weights or results are not those that were recorded.
     """
+    if repo_id is not None:
+        validate_repo_id(repo_id)
     folder = Path(folder)
     record = read_record(folder)
     weights = weight_digests(folder)
@@ -244,15 +241,16 @@ def refresh_report(
             f"the weights in {folder} are not those that its record speaks of; needed: the measured ones. Restore "
             "them, or measure the new ones: run recipes/ntp_vit.py."
         )
+    paths = [folder / file for file, _ in suite_files(record).values() if (folder / file).exists()]
     results = None
     if (folder / RESULTS_FILE).exists():
-        if file_digest(folder / RESULTS_FILE) != record["files"].get(RESULTS_FILE):
-            raise ValueError(
-                f"{folder / RESULTS_FILE} is not the one that was recorded with these weights: its numbers may be of "
-                "others. Needed: that one. Restore it, or write the folder anew."
-            )
         results = json.loads((folder / RESULTS_FILE).read_text())
-    paths = [folder / file for file, _ in suite_files(record).values() if (folder / file).exists()]
+    for path in [*paths, *([] if results is None else [folder / RESULTS_FILE])]:
+        if file_digest(path) != record["files"].get(path.name):
+            raise ValueError(
+                f"{path} is not the one that was recorded with these weights: its numbers may be of others. Needed: "
+                "that one. Restore it, or write the folder anew."
+            )
     suites = {}
     for path in [*paths, *([] if attacks is None else [Path(attacks)])]:
         suite = _read_suite(path)
@@ -266,6 +264,7 @@ def refresh_report(
         "evidence": evidence,
         "not_tested": not_tested(evidence, names),
     }
+    encode_record(record)  # what cannot be written is an error before anything is changed
     (folder / SIGNATURE_FILE).unlink(missing_ok=True)
     write_report(folder, record, results, suites, repo_id or card_repo_id(folder) or NO_REPO)
 
@@ -325,14 +324,24 @@ def _domain_of(attacks: Mapping[str, Any], weights: Mapping[str, str], record: M
             f"the attacks were run on {attacks.get('checkpoint')}, whose weights are not those of {folder}; needed: "
             "the result of the attacks on this very model. Run recipes/ntp_attack.py with --checkpoint on it."
         )
-    domains = {domain["dataset"]: domain for domain in record["unauthorized_domains"]}
-    if attacks["target"] not in domains:
+    used = attacks.get("fingerprint", {})
+    domains = [domain for domain in record["unauthorized_domains"] if domain["dataset"] == attacks["target"]]
+    if not domains:
+        known = ", ".join(domain["dataset"] for domain in record["unauthorized_domains"])
         raise ValueError(
             f"the attacks were run on the domain {attacks['target']}; needed: one that the record calls unauthorized "
-            f"({', '.join(domains)})."
+            f"({known})."
         )
-    domain = domains[attacks["target"]]
-    noted, used = domain["fingerprint"], attacks.get("fingerprint", {})
+    if len(domains) > 1:  # several configurations of one dataset
+        domains = [domain for domain in domains if domain["fingerprint"].get("attacker") == used.get("attacker")]
+        if len(domains) != 1:
+            raise ValueError(
+                f"the record has several unauthorized domains of {attacks['target']}, and by fingerprints the attacks "
+                f"were run on {len(domains)} of them; needed: one. Run recipes/ntp_attack.py with the protection's "
+                "--owner_fraction and --target_... options."
+            )
+    (domain,) = domains
+    noted = domain["fingerprint"]
     others = [part for part in ("attacker", "validation", "test") if noted.get(part) != used.get(part)]
     undivided = noted.get("train") if record["method"]["settings"].get("target_access") != "none" else None
     if undivided is not None and used.get("attacker") == undivided:

@@ -118,7 +118,8 @@ def _source_parts(source: Dataset, weights: Mapping[str, float] | str | None) ->
 
 def _check_sizes(source: Dataset, targets: Mapping[str, Dataset]) -> None:
     """Raise ``ValueError`` where images are of different sizes: all go through the model together."""
-    shapes = {name: tuple(np.shape(data[0]["pixel_values"])) for name, data in {"source": source, **targets}.items()}
+    named = {"source": source, **{f"target {name!r}": data for name, data in targets.items()}}
+    shapes = {name: tuple(np.shape(data[0]["pixel_values"])) for name, data in named.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(
             f"pixel_values have the shapes {shapes}; needed: one, that of the model. Pre-process all images alike."
@@ -288,6 +289,11 @@ class NTPTrainer(Trainer):
             source_classes=not self._matches_features,
             seed=seed,
         )
+        if args.push_to_hub and args.target_access == "none":
+            raise ValueError(
+                "push_to_hub is on and target_access is 'none': nothing says what the record is to call unauthorized. "
+                "Needed: False. Call push_to_hub(targets=[DomainReference(...)]) when training is over."
+            )
         compared = any((args.target_weight, args.fisher_weight, args.collapse_weight))
         paired = PairedDataset(source, targets, source_transform, seed, compared)
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
@@ -592,7 +598,8 @@ class NTPTrainer(Trainer):
         assert self._pool is not None
         pushed = {id(weight) for weight in self._pool.weights.values()}
         groups: list[dict[str, Any]] = getattr(self.optimizer, "param_groups", [])
-        return max(float(group["lr"]) for group in groups if any(id(weight) in pushed for weight in group["params"]))
+        theirs = [group["lr"] for group in groups if any(id(weight) in pushed for weight in group["params"])]
+        return float(max(theirs, default=0.0))
 
     def look_at_source(self, step: int) -> None:
         """After optimizer step ``step``, let the guard see held-out images if it is time to."""
@@ -888,9 +895,9 @@ class NTPTrainer(Trainer):
             return None
         token = token or self.args.hub_token
         repo_id = full_repo_id(self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name, token)
-        with TemporaryDirectory() as folder:
-            with writing(Path(folder)):
-                write_folder(self, folder, repo_id, **about)
+        with TemporaryDirectory() as private_folder:
+            folder = Path(private_folder) / "model"
+            write_folder(self, folder, repo_id, **about)
             return push_folder(
                 folder,
                 repo_id,

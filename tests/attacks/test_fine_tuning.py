@@ -3,10 +3,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
 from hf_ntp.attacks import ATTACKS, FineTuneProtocol, FineTuning, Loot, fine_tuning
 from hf_ntp.attacks.changes import CHANGES
-from hf_ntp.attacks.fine_tuning import batches_of, zero_masks
+from hf_ntp.attacks.fine_tuning import batches_of, bias_parameters, zero_masks
+from hf_ntp.attacks.peft_tuning import adaptable_modules
 from hf_ntp.models import batch_norms, blocks_of, find_head, layers_with_weights, prunable_weights
 from hf_ntp.models.changes import fresh_model
 
@@ -201,3 +203,13 @@ def test_statistics_that_are_not_there():
     attack = ATTACKS["statistics_kept"]
     assert "no BatchNorm" in attack.unsuitable(tiny_vit(), 3)
     assert attack.unsuitable(tiny_resnet(), 3) is None
+
+
+def test_biases_with_all_heads():
+    """A second one would stay random, and its noise be in every prediction."""
+    options = {"image_size": 8, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = DeiTForImageClassificationWithTeacher(DeiTConfig(**options, num_labels=3))
+    model.config.ntp = {"head_name": "cls_classifier"}
+    chosen = {id(parameter) for parameter in bias_parameters(model)}
+    assert {id(model.cls_classifier.weight), id(model.distillation_classifier.weight)} <= chosen
+    assert "distillation_classifier" not in adaptable_modules(model)

@@ -12,6 +12,7 @@ from hf_ntp.models import (
     fixed_batch_norms,
     frozen_batch_norm_statistics,
     has_batch_norm,
+    heads_of,
     live_weights,
     prunable_weights,
     recorded_features,
@@ -133,6 +134,7 @@ def test_two_heads():
     weights = prunable_weights(model, head_name="cls_classifier")
     assert weights
     assert not any("classifier" in name for name in weights)
+    assert list(heads_of(model, "cls_classifier")) == ["cls_classifier", "distillation_classifier"]
     replace_head(model, 5, head_name="cls_classifier")
     assert model(pixel_values=torch.zeros(2, 3, 8, 8)).logits.shape == (2, 5)
 

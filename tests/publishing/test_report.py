@@ -255,8 +255,39 @@ def test_licence_and_terms_can_be_changed(folder):
     assert ModelCard(card).data.license == "mit"
     refresh_report(folder)
     assert read_record(folder)["terms"]["license"] == "mit"
-    with pytest.raises(ValueError, match="has spaces"):
-        refresh_report(folder, repo_id="org/has spaces")
+
+
+@pytest.mark.parametrize(
+    "options", [{"repo_id": "org/has spaces"}, {"terms": ""}, {"license": ""}, {"terms": "\ud800"}]
+)
+def test_what_cannot_be_written_changes_nothing(folder, options):
+    (folder / "model.sig").write_text("signed")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=r"has spaces|does not fit its schema|cannot be written"):
+        refresh_report(folder, **options)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_suites_on_configurations_of_one_dataset_go_by_their_images(tmp_path, attacks, written):
+    results, record = make_several()
+    _, other = record["unauthorized_domains"]
+    other |= {"dataset": "org/scans", "fingerprint": {"owner": "1" * 64, "attacker": "2" * 64}}
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    write_report(tmp_path, record, results)
+    attacks["weights"] = weight_digests(tmp_path)
+    refresh_report(tmp_path, written(attacks | {"fingerprint": {"attacker": "2" * 64}}))
+    assert [part["domain"] for part in read_record(tmp_path)["evidence"]][2:] == ["paintings"]
+    with pytest.raises(ValueError, match="were run on 0 of them; needed: one"):
+        refresh_report(tmp_path, written(attacks | {"fingerprint": {"attacker": "3" * 64}}))
+
+
+def test_edited_attacks_are_refused(folder, attacks, written):
+    attacks["weights"] = weight_digests(folder)
+    refresh_report(folder, written(attacks))
+    attacks["starts"]["protected"]["dense"]["normalized"] = -0.9
+    (folder / "attacks.json").write_text(json.dumps(attacks))
+    with pytest.raises(ValueError, match=r"attacks\.json is not the one that was recorded"):
+        refresh_report(folder)
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"target": "org/scans"}', '{"target": "org/scans", "starts": []}'])
