@@ -53,7 +53,16 @@ def _folder(parser: ArgumentParser) -> None:
 def _checkpoint(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder or Hub id of a protected model")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    _hub_options(parser)
+
+
+def _hub_options(parser: ArgumentParser) -> None:
     parser.add_argument("--token", help="access token; default the one of `hf auth login`")
+    parser.add_argument("--timeout", type=float, help="seconds that a request may make no progress")
+
+
+def _on_the_hub(options: Namespace) -> dict[str, Any]:
+    return {"token": options.token, **({} if options.timeout is None else {"timeout": options.timeout})}
 
 
 def _report_options(parser: ArgumentParser) -> None:
@@ -105,7 +114,7 @@ def _verify_options(parser: ArgumentParser) -> None:
 def _verify(options: Namespace) -> dict[str, Any]:
     from .publishing.fetching import verify_checkpoint
 
-    found = verify_checkpoint(options.checkpoint, options.revision, options.public_key, options.token)
+    found = verify_checkpoint(options.checkpoint, options.revision, options.public_key, **_on_the_hub(options))
     return {"signature_checked": found.signed, "files": found.files, "record": found.record}
 
 
@@ -127,7 +136,7 @@ def _push_options(parser: ArgumentParser) -> None:
     parser.add_argument("--private_key", help="sign the folder first, as `hf-ntp sign` does")
     parser.add_argument("--password", help="of that key, if it is encrypted")
     parser.add_argument("--public_key", help="check the signature before pushing")
-    parser.add_argument("--token", help="access token; default the one of `hf auth login`")
+    _hub_options(parser)
 
 
 def _push(options: Namespace) -> dict[str, Any]:
@@ -143,7 +152,7 @@ def _push(options: Namespace) -> dict[str, Any]:
         gated=options.gated or False,
         branch=options.branch,
         public_key=options.public_key,
-        token=options.token,
+        **_on_the_hub(options),
     )
     return {"commit": commit.oid, "url": commit.commit_url}
 
@@ -151,7 +160,7 @@ def _push(options: Namespace) -> dict[str, Any]:
 def _info(options: Namespace) -> dict[str, Any]:
     from .publishing.fetching import fetch_record
 
-    return fetch_record(options.checkpoint, options.revision, options.token)
+    return fetch_record(options.checkpoint, options.revision, **_on_the_hub(options))
 
 
 def _read(folder: str) -> dict[str, Any]:

@@ -75,6 +75,12 @@ def test_signed_and_pushed_in_one_go(folder, hub, tmp_path, capsys):
     assert (code, "403" in printed.err) == (1, True)
 
 
+def test_a_hub_that_stalls(hub, capsys):
+    hub.fail("GET /api/models/", "stall", times=10)
+    code, printed = run(capsys, "verify", "org/model", "--timeout", "0.2")
+    assert (code, "with a larger timeout=... (hf-ntp: --timeout)" in printed.err) == (1, True)
+
+
 def test_refusals_have_a_message_and_exit_code_1(folder, tmp_path, capsys):
     (folder / "model.safetensors").write_bytes(b"other weights")
     code, printed = run(capsys, "verify", folder)

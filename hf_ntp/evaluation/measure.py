@@ -257,7 +257,7 @@ def _fit_head(batch: Mapping[str, Tensor], classes: int) -> bool:
 def scratch_convergence(
     scratch: Arm, curves: LearningCurves, protocol: FineTuneProtocol, shared: dict[str, Any]
 ) -> ScratchConvergence:
-    """Train the scratch arm three times as long at the largest size, at the rate that was chosen there.
+    """Train the scratch arm three times as long at the largest size, each seed at the rate that it chose there.
 
     An under-trained baseline would flatter every model.
 
@@ -268,12 +268,18 @@ def scratch_convergence(
         shared: Other arguments of :func:`sample_wise_learning_curves`.
     """
     size = curves.sample_sizes[-1]
-    rate = curves.learning_rates["scratch"][0][-1]
-    longer = replace(protocol, steps=3 * protocol.steps, learning_rates=(rate,))
-    control = sample_wise_learning_curves([scratch], sample_sizes=[size], protocol=longer, **shared)
+    chosen = [row[-1] for row in curves.learning_rates["scratch"]]
+    found = []
+    for rate in sorted(set(chosen)):
+        longer = replace(protocol, steps=3 * protocol.steps, learning_rates=(rate,))
+        seeds = [seed for seed, own in zip(curves.seeds, chosen, strict=True) if own == rate]
+        again = sample_wise_learning_curves(
+            [scratch], sample_sizes=[size], protocol=longer, **{**shared, "seeds": seeds}
+        )
+        found += again.accuracies["scratch"]
     return ScratchConvergence(
         sample_size=size,
         steps=protocol.steps,
         accuracy=float(np.mean([row[-1] for row in curves.accuracies["scratch"]])),
-        accuracy_3x=float(np.mean(control.accuracies["scratch"])),
+        accuracy_3x=float(np.mean(found)),
     )

@@ -25,7 +25,9 @@ _HTTP = sys.modules[HTTPError.__module__.partition(".")[0]]
 REQUEST_TIMEOUT = 60.0
 """Seconds that a request to the Hub may make no progress."""
 
-_LOG_IN = "log in with `hf auth login` or pass token=..., a token of https://huggingface.co/settings/tokens"
+_LOG_IN = (
+    "log in with `hf auth login` or pass token=... (hf-ntp: --token), one of https://huggingface.co/settings/tokens"
+)
 _AGAIN = "call it again later; https://status.huggingface.co tells about outages"
 # Found is what the Hub answered; by status: needed, and how to fix.
 _REMEDIES = {
@@ -118,7 +120,7 @@ def _diagnosis(error: BaseException) -> tuple[str, str, str]:
         return (
             f"the connection stalled ({type(error).__name__})",
             "a Hub that answers in time",
-            "check the connection and call it again, on a slow one with a larger timeout=...",
+            "check the connection and call it again, on a slow one with a larger timeout=... (hf-ntp: --timeout)",
         )
     if isinstance(error, HTTPError):
         return (

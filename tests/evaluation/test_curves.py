@@ -22,6 +22,7 @@ from hf_ntp.attacks.shot import Shot
 from hf_ntp.evaluation import runner
 from hf_ntp.evaluation.cache import ResultCache
 from hf_ntp.evaluation.fits import Describer, Fit
+from hf_ntp.evaluation.measure import scratch_convergence
 from hf_ntp.evaluation.runner import LearningCurves, accuracy_of, load_start
 from hf_ntp.evaluation.summary import retained, retained_share
 from hf_ntp.models import prunable_weights
@@ -106,6 +107,23 @@ def test_the_cache_knows_how_many_classes_scratch_learns_from_the_source(attack,
     for name, differ in (("source_all_kept", True), ("dense", False)):
         arms = [Arm("scratch", str(tmp_path / folder), True, ATTACKS[name]) for folder in "35"]
         assert len({describe(Fit(arm, 6, 0, 1e-3)) for arm in arms}) == 1 + differ
+
+
+def test_every_seed_of_scratch_goes_on_at_its_own_rate(attack, checkpoints, monkeypatch):
+    """Three times as long: the first seed's rate is not the best of another one that chose for itself."""
+    tried = []
+
+    def run(fits, *rest):
+        tried.extend((fit.seed, fit.value, rest[-1].steps) for fit in fits)
+        return {fit: runner.Accuracies(0.8, 0.8 if fit.seed == 1 else 0.6) for fit in fits}
+
+    monkeypatch.setattr(runner, "_run", run)
+    arm = Arm("scratch", checkpoints[0], random_init=True)
+    rates = {"scratch": [[1e-3, 1e-2], [1e-3, 1e-3], [1e-3, 1e-2]]}
+    curves = LearningCurves((6, 24), (0, 1, 2), {"scratch": [[0.1, 0.5]] * 3}, rates, 0)
+    found = scratch_convergence(arm, curves, QUICK, {"data": attack, "cache_dir": None, "jobs": 1, "seeds": (0, 1, 2)})
+    assert sorted(tried) == [(0, 1e-2, 36), (1, 1e-3, 36), (2, 1e-2, 36)]
+    assert found.accuracy_3x == pytest.approx((0.6 + 0.8 + 0.6) / 3)
 
 
 def test_a_damaged_cache_entry_counts_as_missing(tmp_path):
