@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 RUN_FILE = "run.json"
 
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _NODE = re.sub(r"[^A-Za-z0-9-]", "-", platform.node()) or "here"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -183,15 +184,22 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def _staged_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder beside ``path``, which is removed if something goes wrong."""
+    with _whole(path) as staged:
+        remove(staged)
+        staged.mkdir(parents=True)
+        yield staged
+
+
+@contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to fill and rename it to ``path`` at the end: ``path`` exists only when it is whole.
 
     Raises:
         OSError: See :func:`writing`.
     """
-    with _whole(path) as staged:
-        remove(staged)
-        staged.mkdir(parents=True)
+    with _staged_folder(path) as staged:
         yield staged
         if path.exists():
             # Aside as a whole: deleted piece by piece, it could be taken for one.
@@ -201,6 +209,28 @@ def whole_folder(path: Path) -> Iterator[Path]:
             remove(replaced)
         else:
             os.replace(staged, path)
+
+
+@contextmanager
+def whole_model(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to save a model to, whose files replace those of one that was saved to ``folder`` before.
+
+    Weights are removed first, and come last: no mixture of two models ever loads. Other files in ``folder`` stay.
+
+    Raises:
+        OSError: See :func:`writing`.
+    """
+    with _staged_folder(folder / "model") as staged:
+        yield staged
+        for path in folder.iterdir():
+            if _WEIGHTS.fullmatch(path.name):
+                remove(path)
+        # Last, what a model is loaded by: one file of weights, or the index of several.
+        for path in sorted(
+            staged.iterdir(), key=lambda path: (bool(_WEIGHTS.fullmatch(path.name)), "-" not in path.name)
+        ):
+            os.replace(path, folder / path.name)
+        staged.rmdir()
 
 
 def file_digest(path: Path) -> str:

@@ -57,7 +57,7 @@ from ..models import (
 )
 from ..models.adapters import with_adapter  # not of the package: only who needs it waits for peft
 from ..models.sharding import whole
-from ..run_folder import remove, writing
+from ..run_folder import remove, whole_model, writing
 from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
 from .checkpoint import RunState, check_settings, last_checkpoint, load_state, load_weights_strictly, save_state
@@ -756,6 +756,18 @@ class NTPTrainer(Trainer):
         """Trainer's; under FSDP, training gathers the weights from all processes, which all have to call it then."""
         with self._between_trainings():
             super().save_model(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write what Trainer writes, as a whole; only the process that saves calls it.
+
+        Raises:
+            OSError: If it cannot be written; what was there before is unchanged.
+        """
+        if self._staging:  # a checkpoint gets its name when it is whole
+            super()._save(output_dir, state_dict)
+            return
+        with whole_model(Path(output_dir or str(self.args.output_dir))) as staged:
+            super()._save(str(staged), state_dict)
 
     @contextmanager
     def _between_trainings(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 
 import datasets
@@ -9,7 +10,13 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
-from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback, ViTModel
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainerCallback,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 from hf_ntp import NTPConfig, NTPTrainer, load_protected, read_record, write_folder
 from hf_ntp.functional import uniform_cross_entropy, whitened_discriminant
@@ -817,6 +824,44 @@ def test_nothing_of_another_model_stays_in_a_folder(tmp_path):
     with pytest.raises(ValueError, match=r"would be lost: notes\.txt; needed: a folder of its own"):
         write_folder(ours, folder)
     assert (folder / "README.md").stat().st_mtime_ns == before
+
+
+def test_a_model_is_saved_as_a_whole(tmp_path, monkeypatch):
+    """A kill amid saving over an older model leaves none that loads, rather than a mixture."""
+    ours = trainer(tmp_path / "run", max_steps=2)
+    folder = tmp_path / "saved"
+    tiny_vit(seed=3).save_pretrained(folder, max_shard_size="4KB")
+    (folder / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ours.model, "save_pretrained", full)
+        with pytest.raises(OSError, match="What was there before is unchanged"):
+            ours.save_model(str(folder))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    replace, moved = os.replace, []
+
+    def killed(*paths):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(paths)
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ours.save_model(str(folder))
+    with pytest.raises(OSError, match="no file named"):
+        ViTForImageClassification.from_pretrained(folder)
+    ours.save_model(str(folder))
+    loaded = ViTForImageClassification.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in ours.model.state_dict().items())
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", "training_args.bin", "notes.txt"}
 
 
 def test_places_for_no_folder(tmp_path, monkeypatch):
