@@ -41,9 +41,7 @@ from ..models import (
     class_names,
     find_head,
     frozen,
-    has_batch_norm,
     has_head,
-    layers_with_weights,
     load_model,
     plain_model,
     prunable_weights,
@@ -61,6 +59,7 @@ from ..run_folder import remove, whole_model, writing
 from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
 from .checkpoint import RunState, check_settings, last_checkpoint, load_state, load_weights_strictly, save_state
+from .checks import check_call, check_fit, check_sizes, warn_of_frozen_layers
 from .config import NTPConfig
 from .distributed import check_processes, choose_units
 from .domains import Joined, check_task, classifies, held_out, shares_of, source_domain, target_domains
@@ -116,35 +115,6 @@ def _source_parts(source: Dataset, weights: Mapping[str, float] | str | None) ->
     return [(length_of(part), share) for part, share in zip(parts.values(), shares or [], strict=True)]
 
 
-def _check_sizes(source: Dataset, targets: Mapping[str, Dataset]) -> None:
-    """Raise ``ValueError`` where images are of different sizes: all go through the model together."""
-    named = {"source": source, **{f"target {name!r}": data for name, data in targets.items()}}
-    shapes = {name: tuple(np.shape(data[0]["pixel_values"])) for name, data in named.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(
-            f"pixel_values have the shapes {shapes}; needed: one, that of the model. Pre-process all images alike."
-        )
-
-
-@torch.no_grad()
-def _check_call(network: PreTrainedModel, source: Dataset) -> None:
-    """Raise ``ValueError`` where a model does not classify images that it gets as "pixel_values"."""
-    image = torch.as_tensor(source[0]["pixel_values"])[None].to(network.device, network.dtype)
-    training = network.training
-    try:
-        logits = network.eval()(pixel_values=image).logits
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{type(network).__name__} does not take pixel_values of shape {tuple(image.shape)} and return logits "
-            f"({type(error).__name__}: {str(error)[:200]}); needed: an image classifier of transformers, and images "
-            "as its image processor makes them. Check processing_class, and that config.return_dict is True."
-        ) from error
-    finally:
-        network.train(training)
-    if logits.dim() != 2:
-        raise ValueError(f"{type(network).__name__} returns logits of shape {tuple(logits.shape)}; needed: [N, K].")
-
-
 def _digest(weights: Iterable[Tensor]) -> str:
     """SHA-256 (hex) of weights."""
     digest = hashlib.sha256()
@@ -158,21 +128,6 @@ def _count_blocks(network: PreTrainedModel) -> int:
     with suppress(ValueError):
         return len(blocks_of(network))
     return 0
-
-
-def _warn_of_frozen_layers(network: PreTrainedModel, head_name: str) -> None:
-    frozen = [
-        name
-        for name, layer in layers_with_weights(network).items()
-        if name != head_name and "lora_" not in name and not layer.weight.requires_grad
-    ]
-    if frozen:
-        logger.warning(
-            "%d layers are frozen (%s, ...): they are neither pruned nor trained against attackers, who can train "
-            "them all the same. Unfreeze them with requires_grad_(True), or expect weaker protection.",
-            len(frozen),
-            ", ".join(frozen[:3]),
-        )
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -297,16 +252,16 @@ class NTPTrainer(Trainer):
         compared = any((args.target_weight, args.fisher_weight, args.collapse_weight))
         paired = PairedDataset(source, targets, source_transform, seed, compared)
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
-        _check_sizes(source, targets)
+        check_sizes(source, targets)
         if not self._headless:
-            _check_call(network, source)
-        self._check_fit(network, args, len(paired))
+            check_call(network, source)
+        check_fit(network, args, len(paired))
         shares = shares_of(args.target_weights, list(targets), "target_weights")
         self._target_shares = shares or [1 / len(targets)] * len(targets)
         check_names(network, prune_include=args.prune_include, prune_exclude=args.prune_exclude)
         self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
         check_pattern(self.prunable, args.prune_pattern)
-        _warn_of_frozen_layers(network, head_name)
+        warn_of_frozen_layers(network, head_name)
         self.paired_sampler = PairedSampler(
             len(paired),
             [len(labels) for labels in self.target_labels.values()],
@@ -372,42 +327,6 @@ class NTPTrainer(Trainer):
         self._leaving = self._ended = self._staging = self._in_shards = False
         # Before those of the user, who may save the model when training ends.
         self.callback_handler.callbacks.insert(0, PruningCallback(self))
-
-    @staticmethod
-    def _check_fit(network: PreTrainedModel, args: NTPConfig, rows: int) -> None:
-        """Raise ``ValueError`` for what would only fail amid training, or train nothing."""
-        step = args.per_device_train_batch_size * args.world_size
-        if args.dataloader_drop_last and rows < step:
-            raise ValueError(
-                f"dataloader_drop_last is on and {rows} rows are no whole batch of {step}: no step would be taken; "
-                "needed: as many rows as a batch has. Set it to False, or lower per_device_train_batch_size."
-            )
-        if args.attackers and args.attacker_weight and args.attacker_informed:
-            blocks_of(network)
-        if step == 1 and (args.fisher_weight or args.collapse_weight):
-            raise ValueError(
-                "a batch has one image of each domain, and the Fisher and collapse terms compare images; needed: two "
-                "or more. Raise per_device_train_batch_size (accumulation does not help: these terms are of a batch), "
-                "or set fisher_weight and collapse_weight to 0."
-            )
-        if not has_batch_norm(network):
-            return
-        if args.gradient_checkpointing:
-            raise ValueError(
-                f"gradient_checkpointing is on and {type(network).__name__} has BatchNorm, whose statistics would see "
-                "the images a second time, those of the target among them; needed: False."
-            )
-        if args.torch_compile:
-            raise ValueError(
-                f"torch_compile is on and {type(network).__name__} has BatchNorm, whose statistics are those of each "
-                "domain: every step would be compiled anew; needed: False."
-            )
-        last = 0 if args.dataloader_drop_last or args.world_size > 1 else rows % args.train_batch_size
-        if 1 in (args.per_device_train_batch_size, last):
-            raise ValueError(
-                f"{rows} rows in batches of {args.per_device_train_batch_size} make a batch of one image; needed: at "
-                "least two, or BatchNorm has nothing to average. Set dataloader_drop_last=True or another batch size."
-            )
 
     # Objective
 

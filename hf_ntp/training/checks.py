@@ -1,0 +1,97 @@
+"""What would only fail amid training, train nothing or protect little is said before it begins."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from ..models import blocks_of, has_batch_norm, layers_with_weights
+from .config import NTPConfig
+
+logger = logging.getLogger(__name__)
+
+
+def check_sizes(source: Dataset, targets: Mapping[str, Dataset]) -> None:
+    """Raise ``ValueError`` where images are of different sizes: all go through the model together."""
+    named = {"source": source, **{f"target {name!r}": data for name, data in targets.items()}}
+    shapes = {name: tuple(np.shape(data[0]["pixel_values"])) for name, data in named.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"pixel_values have the shapes {shapes}; needed: one, that of the model. Pre-process all images alike."
+        )
+
+
+@torch.no_grad()
+def check_call(network: PreTrainedModel, source: Dataset) -> None:
+    """Raise ``ValueError`` where a model does not classify images that it gets as "pixel_values"."""
+    image = torch.as_tensor(source[0]["pixel_values"])[None].to(network.device, network.dtype)
+    training = network.training
+    try:
+        logits = network.eval()(pixel_values=image).logits
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(network).__name__} does not take pixel_values of shape {tuple(image.shape)} and return logits "
+            f"({type(error).__name__}: {str(error)[:200]}); needed: an image classifier of transformers, and images "
+            "as its image processor makes them. Check processing_class, and that config.return_dict is True."
+        ) from error
+    finally:
+        network.train(training)
+    if logits.dim() != 2:
+        raise ValueError(f"{type(network).__name__} returns logits of shape {tuple(logits.shape)}; needed: [N, K].")
+
+
+def check_fit(network: PreTrainedModel, args: NTPConfig, rows: int) -> None:
+    """Raise ``ValueError`` for what would only fail amid training, or train nothing."""
+    step = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < step:
+        raise ValueError(
+            f"dataloader_drop_last is on and {rows} rows are no whole batch of {step}: no step would be taken; "
+            "needed: as many rows as a batch has. Set it to False, or lower per_device_train_batch_size."
+        )
+    if args.attackers and args.attacker_weight and args.attacker_informed:
+        blocks_of(network)
+    if step == 1 and (args.fisher_weight or args.collapse_weight):
+        raise ValueError(
+            "a batch has one image of each domain, and the Fisher and collapse terms compare images; needed: two "
+            "or more. Raise per_device_train_batch_size (accumulation does not help: these terms are of a batch), "
+            "or set fisher_weight and collapse_weight to 0."
+        )
+    if not has_batch_norm(network):
+        return
+    if args.gradient_checkpointing:
+        raise ValueError(
+            f"gradient_checkpointing is on and {type(network).__name__} has BatchNorm, whose statistics would see "
+            "the images a second time, those of the target among them; needed: False."
+        )
+    if args.torch_compile:
+        raise ValueError(
+            f"torch_compile is on and {type(network).__name__} has BatchNorm, whose statistics are those of each "
+            "domain: every step would be compiled anew; needed: False."
+        )
+    last = 0 if args.dataloader_drop_last or args.world_size > 1 else rows % args.train_batch_size
+    if 1 in (args.per_device_train_batch_size, last):
+        raise ValueError(
+            f"{rows} rows in batches of {args.per_device_train_batch_size} make a batch of one image; needed: at "
+            "least two, or BatchNorm has nothing to average. Set dataloader_drop_last=True or another batch size."
+        )
+
+
+def warn_of_frozen_layers(network: PreTrainedModel, head_name: str) -> None:
+    """Say so where layers would not be protected, and could be trained by an attacker all the same."""
+    fixed = [
+        name
+        for name, layer in layers_with_weights(network).items()
+        if name != head_name and "lora_" not in name and not layer.weight.requires_grad
+    ]
+    if fixed:
+        logger.warning(
+            "%d layers are frozen (%s, ...): they are neither pruned nor trained against attackers, who can train "
+            "them all the same. Unfreeze them with requires_grad_(True), or expect weaker protection.",
+            len(fixed),
+            ", ".join(fixed[:3]),
+        )
