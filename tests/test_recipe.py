@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from hf_ntp.recipes import ntp_attack
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file
@@ -408,22 +409,27 @@ def test_help_is_quick():
     assert min(seconds) < 3
 
 
-def attack(run, out, *options, launch=()):
-    command = [sys.executable, *launch, str(ATTACK), "--checkpoint", str(run / "protected"), "--output_dir", str(out)]
+def attack_options(run, out, *options):
     quick = "--target_dataset optdigits --steps 22 --seeds 0 1 --sample_sizes 10 20 --learning_rates 1e-3 --jobs 1"
-    return subprocess.run([*command, *quick.split(), *options], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    return ["--checkpoint", str(run / "protected"), "--output_dir", str(out), *quick.split(), *options]
+
+
+def attack(run, out, *options, launch=()):
+    command = [sys.executable, *launch, str(ATTACK), *attack_options(run, out, *options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
 def test_attacking_the_result(finished, tmp_path):
+    """With ridge in place of the linear probe, which takes thousands of iterations on features of a few steps."""
     run, _ = finished
     options = ["--unprotected", str(run / "unprotected"), "--source_dataset", "mnist", "--controls"]
-    options += ["--attacks", "mask_kept", "dense", "linear_probe", "source_all_new"]
+    options += ["--attacks", "mask_kept", "dense", "ridge_probe", "source_all_new"]
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = attack(run, tmp_path / "out", *options, launch=two)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["starts"]) == {"protected", "unprotected", "magnitude_pruned", "random_pruned"}
-    assert set(results["starts"]["protected"]) == {"mask_kept", "dense", "linear_probe", "source_all_new"}
+    assert set(results["starts"]["protected"]) == {"mask_kept", "dense", "ridge_probe", "source_all_new"}
     assert results["not_run"]["unprotected"] == {"mask_kept": "the checkpoint has no zeros"}
     assert done.stdout.count((tmp_path / "out" / "table.md").read_text()) == 1
     assert len(list((tmp_path / "out" / "fits").iterdir())) == results["fits"]
@@ -446,12 +452,11 @@ def test_runs_with_other_attacks_share_fits(finished, tmp_path):
         "--third_dataset",
         "syn",
     ]
-    for name, options in {"a": ["linear_probe"], "b": ["linear_probe", "knn", *more]}.items():
-        done = attack(run, tmp_path / name, "--cache_dir", str(shared), "--attacks", *options)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for name, options in {"a": ["ridge_probe"], "b": ["ridge_probe", "knn", *more]}.items():
+        ntp_attack.main(attack_options(run, tmp_path / name, "--cache_dir", str(shared), "--attacks", *options))
     few, many = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ab")
     assert set(many["starts"]) == {"protected", "unprotected", "reference"}
-    assert many["starts"]["protected"]["linear_probe"] == few["starts"]["protected"]["linear_probe"]
+    assert many["starts"]["protected"]["ridge_probe"] == few["starts"]["protected"]["ridge_probe"]
     third = many["third_domain"]
     assert third["name"] == "syn"
     assert {start: list(found) for start, found in third["starts"].items()} == {
@@ -465,11 +470,11 @@ def test_runs_with_other_attacks_share_fits(finished, tmp_path):
 def test_an_attack_on_other_weights_under_the_same_name_is_refused(finished, tmp_path):
     """Its controls would have another sparsity."""
     shutil.copytree(finished[0] / "protected", tmp_path / "protected")
-    done = attack(tmp_path, tmp_path / "out", "--attacks", "linear_probe")
-    assert done.returncode == 0, done.stderr[-3000:]
+    options = attack_options(tmp_path, tmp_path / "out", "--attacks", "ridge_probe")
+    ntp_attack.main(options)
     shutil.copy(finished[0] / "unprotected" / "model.safetensors", tmp_path / "protected")
-    done = attack(tmp_path, tmp_path / "out", "--attacks", "linear_probe")
-    assert "holds another run (weights_of_starts" in done.stderr
+    with pytest.raises(ValueError, match=r"holds another run \(weights_of_starts"):
+        ntp_attack.main(options)
 
 
 @pytest.mark.parametrize(
@@ -480,7 +485,7 @@ def test_an_attack_on_other_weights_under_the_same_name_is_refused(finished, tmp
         (["--sample_sizes", "10", "100000"], "sample_sizes"),
     ],
 )
-def test_bad_options_of_the_attack_recipe(finished, tmp_path, options, said):
-    done = attack(finished[0], tmp_path / "out", *options)
-    assert done.returncode != 0
-    assert said in done.stderr
+def test_bad_options_of_the_attack_recipe(finished, tmp_path, capsys, options, said):
+    with pytest.raises((SystemExit, ValueError)) as stopped:
+        ntp_attack.main(attack_options(finished[0], tmp_path / "out", *options))
+    assert said in str(stopped.value) + capsys.readouterr().err

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from hf_ntp.attacks import probes
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "strength" / "run.py"
 
 
@@ -31,6 +33,7 @@ def benchmark(monkeypatch):
     monkeypatch.setattr(module, "SEEDS", (0, 1))
     monkeypatch.setattr(module, "PROTECTION_SEEDS", (1,))
     monkeypatch.setattr(module, "PRETRAIN_STEPS", 4)
+    monkeypatch.setattr(probes, "_MAX_ITERATIONS", 20)  # on features of a few steps thousands would not be enough
     return module
 
 
