@@ -241,10 +241,9 @@ def refresh_report(
             f"the weights in {folder} are not those that its record speaks of; needed: the measured ones. Restore "
             "them, or measure the new ones: run recipes/ntp_vit.py."
         )
-    paths = [folder / file for file, _ in suite_files(record).values() if (folder / file).exists()]
-    results = None
-    if (folder / RESULTS_FILE).exists():
-        results = json.loads((folder / RESULTS_FILE).read_text())
+    files = suite_files(record)
+    paths = [folder / file for file, _ in files.values() if (folder / file).exists()]
+    results = read_results(folder) if (folder / RESULTS_FILE).exists() else None
     for path in [*paths, *([] if results is None else [folder / RESULTS_FILE])]:
         if file_digest(path) != record["files"].get(path.name):
             raise ValueError(
@@ -256,13 +255,12 @@ def refresh_report(
         suite = _read_suite(path)
         suites[_domain_of(suite, weights, record, folder)] = suite
     evidence = standard_evidence(results) + [suite_measurement(suite, name) for name, suite in suites.items()]
-    names = [domain["name"] for domain in record["unauthorized_domains"]]
     given = {key: text for key, text in (("license", license), ("text", terms)) if text is not None}
     record = {
         **record,
         "terms": record["terms"] | given,
         "evidence": evidence,
-        "not_tested": not_tested(evidence, names),
+        "not_tested": not_tested(evidence, list(files)),
     }
     encode_record(record)  # what cannot be written is an error before anything is changed
     (folder / SIGNATURE_FILE).unlink(missing_ok=True)

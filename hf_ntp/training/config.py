@@ -87,6 +87,11 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
                 f"push_to_hub is on with hub_strategy={str(self.hub_strategy)!r}; needed: 'end'. Any other strategy "
                 "puts checkpoints of the encoder that is not protected yet into the history of the repository."
             )
+        if self.push_to_hub and self.target_access == "none":
+            raise ValueError(
+                "push_to_hub is on and target_access is 'none': nothing says what the record is to call unauthorized. "
+                "Needed: False. Call push_to_hub(targets=[DomainReference(...)]) when training is over."
+            )
         if self.fp16 and self.max_grad_norm == 0:
             raise ValueError(
                 "fp16 is on and max_grad_norm is 0: gradients are still scaled when the ADMM penalty is added. "

@@ -244,11 +244,6 @@ class NTPTrainer(Trainer):
             source_classes=not self._matches_features,
             seed=seed,
         )
-        if args.push_to_hub and args.target_access == "none":
-            raise ValueError(
-                "push_to_hub is on and target_access is 'none': nothing says what the record is to call unauthorized. "
-                "Needed: False. Call push_to_hub(targets=[DomainReference(...)]) when training is over."
-            )
         compared = any((args.target_weight, args.fisher_weight, args.collapse_weight))
         paired = PairedDataset(source, targets, source_transform, seed, compared)
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
