@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         with redirect_stdout(sys.stderr):
             found = command.run(options)
         print(json.dumps(found) if options.json else command.show(found))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"hf-ntp: {error}", file=sys.stderr)
         return 1
     return 0

@@ -201,3 +201,14 @@ def test_recipes_are_subcommands(monkeypatch, capsys, command, name):
     assert "progress" in printed.err
     monkeypatch.setattr(recipe, "main", lambda argv: (_ for _ in ()).throw(ValueError("no such domain")))
     assert run(capsys, command, "--checkpoint", "x")[1].err == "hf-ntp: no such domain\n"
+
+
+@pytest.mark.parametrize("kind", [FloatingPointError, ImportError, FileNotFoundError, ValueError])
+def test_a_recipe_that_cannot_go_on_says_why(monkeypatch, capsys, kind):
+    def fails(_):
+        raise kind("needed: another")
+
+    monkeypatch.setattr(import_module("hf_ntp.recipes.ntp_vit"), "main", fails)
+    monkeypatch.setattr(sys, "argv", ["hf-ntp"])
+    code, printed = run(capsys, "protect")
+    assert (code, printed.err) == (1, "hf-ntp: needed: another\n")

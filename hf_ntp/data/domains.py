@@ -118,7 +118,7 @@ def _load_splits(
     if revision is not None:
         raise ValueError(f"revision {revision!r} is given for {name!r}; only Hub datasets have any. Drop it.")
     saved = any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
-    if config is not None and (name in EMBEDDED_DOMAINS or saved):
+    if config is not None and (name in EMBEDDED_DOMAINS or saved or os.path.isfile(name)):
         raise ValueError(f"config={config!r} was given for {name!r}, which has no configurations. Remove it.")
     cache = str(cache_dir) if cache_dir is not None else None
     if name in EMBEDDED_DOMAINS:

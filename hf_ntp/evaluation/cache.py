@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from ..run_folder import weight_digests, whole_file
 
@@ -33,7 +33,7 @@ def local_folder(checkpoint: str) -> str:
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
     try:
         return snapshot_download(checkpoint, allow_patterns=patterns)
-    except HFValidationError as error:
+    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"{checkpoint} is neither a folder nor a name on the Hub; needed: a checkpoint. Check the path."
         ) from error

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -87,8 +89,17 @@ def load_model(
 
 
 def hub_id(checkpoint: str | None) -> str | None:
-    """Return what a checkpoint was loaded by, where that is an id of the Hub: not a folder, and not nothing."""
-    return None if not checkpoint or Path(checkpoint).exists() else checkpoint
+    """Return what a checkpoint was loaded by, where that is an id of the Hub: not a path, and not nothing.
+
+    A relative path that is gone reads like an id: ask while it is there.
+    """
+    if not checkpoint or Path(checkpoint).exists():
+        return None
+    try:
+        validate_repo_id(checkpoint)
+    except HFValidationError:
+        return None
+    return checkpoint
 
 
 def hub_commit(checkpoint: str, revision: str | None = None) -> str | None:

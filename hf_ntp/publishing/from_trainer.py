@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..data import DomainReference
 from ..evaluation.measure import Measurement, measure_sparsity
-from ..models import has_head, hub_id, plain_model
+from ..models import has_head, plain_model
 from ..run_folder import weight_digests, whole_folder
 from ..training.domains import Joined
 from .card import NO_REPO
@@ -100,7 +100,7 @@ def write_folder(
             targets,
             type(plain_model(model)).__name__,
             # What was loaded by id may be any commit: a loaded model does not say which.
-            {"name": hub_id(getattr(model.config, "_name_or_path", None)), "revision": None, "weights": None},
+            {"name": trainer.base_model, "revision": None, "weights": None},
             trainer.args.summary(),
             measure_sparsity(model, images),
             license,

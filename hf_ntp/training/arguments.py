@@ -11,8 +11,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 def parse_n_m(pattern: str) -> tuple[int, int] | None:
     """Return (n, m) for a pattern such as "2:4", and None for any other word."""
-    n, colon, m = pattern.partition(":")
-    return (int(n), int(m)) if colon and n.isdigit() and m.isdigit() else None
+    found = re.fullmatch(r"([0-9]+):([0-9]+)", pattern)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def _weights(given: dict[str, float] | str | None, option: str) -> dict[str, float] | None:
@@ -370,15 +370,16 @@ class ProtectionArguments:
     def _check_attackers(self) -> None:
         if self.attackers < 0:
             raise ValueError(f"attackers is {self.attackers}; needed: 0 (off) or the number of simulated attackers.")
-        if not self.attacker_learning_rates or min(self.attacker_learning_rates) <= 0:
-            raise ValueError(
-                f"attacker_learning_rates are {self.attacker_learning_rates}; needed: at least one positive rate."
-            )
+        rates = self.attacker_learning_rates
+        if not rates or not all(0 < rate < math.inf for rate in rates):
+            raise ValueError(f"attacker_learning_rates are {rates}; needed: at least one rate, positive and finite.")
+        if self.attacker_patience < 0:
+            raise ValueError(f"attacker_patience is {self.attacker_patience}; needed: a number of steps, 0 or more.")
         for name, unit in (("source_tolerance", "error rate"), ("feature_tolerance", "relative feature error")):
             tolerance = getattr(self, name)
-            if tolerance and (len(tolerance) != 2 or min(tolerance) <= 0):
+            if tolerance and (len(tolerance) != 2 or not all(0 < limit < math.inf for limit in tolerance)):
                 raise ValueError(
-                    f"{name} is {tolerance}; needed: two positive numbers of {unit}, such as 0.3 0.05, or nothing."
+                    f"{name} is {tolerance}; needed: two positive, finite numbers of {unit}, like 0.3 0.05, or none."
                 )
         if len(self.attacker_horizon) != 2 or not 0 < self.attacker_horizon[0] <= self.attacker_horizon[1]:
             raise ValueError(

@@ -42,6 +42,7 @@ from ..models import (
     find_head,
     frozen,
     has_head,
+    hub_id,
     load_model,
     plain_model,
     prunable_weights,
@@ -257,6 +258,8 @@ class NTPTrainer(Trainer):
         self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
         check_pattern(self.prunable, args.prune_pattern)
         warn_of_frozen_layers(network, head_name)
+        # Asked now: a folder may have moved when the record is written.
+        self.base_model = hub_id(getattr(plain_model(network).config, "_name_or_path", None))
         self.paired_sampler = PairedSampler(
             len(paired),
             [len(labels) for labels in self.target_labels.values()],

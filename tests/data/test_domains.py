@@ -273,6 +273,12 @@ def test_unknown_paths_and_files(tmp_path):
         load_domain(str(tmp_path / "a.csv"))
 
 
+def test_a_file_has_no_configurations(tmp_path):
+    rows(30).to_parquet(tmp_path / "images.parquet")
+    with pytest.raises(ValueError, match=r"config='big' was given for '.*images.parquet', which has no conf"):
+        load_domain(str(tmp_path / "images.parquet"), config="big")
+
+
 def test_unreachable_hub_fails_at_once(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

@@ -110,6 +110,15 @@ def test_a_checkpoint_in_several_files_is_attacked_as_any_other(hub, tmp_path):
     assert equal_weights(load_model(fetched), tiny_vit())
 
 
+def test_an_unknown_checkpoint_to_attack(hub, monkeypatch):
+    for name in ("org/unknown", "no such/folder/here"):
+        with pytest.raises(FileNotFoundError, match=f"{name} is neither a folder nor a name on the Hub"):
+            local_folder(name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="org/unknown is neither a folder nor a name on the Hub"):
+        local_folder("org/unknown")
+
+
 def test_all_files_arrive_in_one_commit_of_a_private_repository(hub, folder):
     made = push_folder(folder, REPO, commit_message="First")
     repo = hub.model(REPO)

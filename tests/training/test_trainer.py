@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import shutil
 
 import datasets
 import pytest
@@ -911,7 +912,9 @@ def test_the_record_names_what_was_loaded_by_id(hub, tmp_path):
     for name, known in (("org/base", "org/base"), (str(tmp_path / "base"), None)):
         ours = trainer(tmp_path / "run", model=name, hub_model_id="org/protected")
         ours.train()
+        shutil.move(tmp_path / "base", tmp_path / "moved")  # a path that is gone is no name on the Hub either
         ours.push_to_hub()
+        shutil.move(tmp_path / "moved", tmp_path / "base")
         record = load_protected("org/protected", verify="digests").record
         assert record["base_model"] == {"name": known, "revision": None, "weights": None}
 
