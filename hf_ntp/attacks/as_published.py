@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from .attack import Attack, FineTuneProtocol, Loot, Predict, head_mismatch
+from .attack import Attack, FineTuneProtocol, Loot, Predict
 from .fine_tuning import predictor
 
 
@@ -23,10 +23,6 @@ class AsPublished(Attack):
     def grid(self, protocol: FineTuneProtocol) -> tuple[float, ...]:
         """Nothing to tune: one value that means nothing."""
         return (0.0,)
-
-    def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
-        """Say so where the head cannot name the target's classes."""
-        return head_mismatch(model, num_labels)
 
     def fit(self, model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, value: float, seed: int) -> Predict:
         """Return the model's own predictions; see :class:`Attack`."""

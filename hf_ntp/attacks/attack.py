@@ -119,7 +119,7 @@ class Attack(ABC):
 
     def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
         """Say why the attack makes no sense for this model and number of target classes, or None where it does."""
-        return None
+        return head_mismatch(model, num_labels) if self.uses_head else None
 
     @abstractmethod
     def fit(self, model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, value: float, seed: int) -> Predict:

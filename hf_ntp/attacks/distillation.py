@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..functional import softened_divergence
 from ..models import find_head, recorded_features
 from ..models.changes import fresh_model
 from .attack import Attack, FineTuneProtocol, Loot, Predict
@@ -81,15 +82,6 @@ class Distillation(Attack):
             )
 
         return loss
-
-
-def softened_divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), nats, mean over the batch, for logits [N, K].
-
-    The factor keeps its gradient at the size of the cross-entropy's, whatever the temperature.
-    """
-    wanted, given = ((logits / temperature).log_softmax(-1) for logits in (teacher, student))
-    return temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
 
 
 def _standardised(features: Tensor) -> Tensor:

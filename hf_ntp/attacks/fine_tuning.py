@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, get_scheduler
 
 from ..models import has_batch_norm, heads_of, noted_prunable_weights, replace_head
-from .attack import Attack, FineTuneProtocol, Loot, Predict, head_mismatch
+from .attack import Attack, FineTuneProtocol, Loot, Predict
 from .changes import CHANGES
 from .ensemble import Ensemble
 
@@ -67,7 +67,7 @@ class FineTuning(Attack):
             return "the checkpoint has no zeros"
         if "keep_statistics" in self.changes and not has_batch_norm(model):
             return "the checkpoint has no BatchNorm"
-        return head_mismatch(model, num_labels) if self.keep_head else None
+        return super().unsuitable(model, num_labels)
 
     @property
     def uses_head(self) -> bool:  # type: ignore[override]  # of most attacks it is an attribute of the class

@@ -14,10 +14,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from ..models import has_batch_norm
+from ..models import batch_norms, has_batch_norm
 from .attack import Attack, FineTuneProtocol, Loot, Predict
 from .features import features_and_logits
 
@@ -84,7 +83,7 @@ class Probe(Attack):
 @torch.no_grad()
 def reestimate_statistics(model: PreTrainedModel, images: Tensor) -> None:
     """Replace BatchNorm's running statistics by those of images [N, 3, H, W], in place."""
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    layers = batch_norms(model)
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()

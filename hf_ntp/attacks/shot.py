@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..models import heads_of
-from .attack import Attack, FineTuneProtocol, Loot, Predict, head_mismatch
+from .attack import Attack, FineTuneProtocol, Loot, Predict
 from .features import features_and_logits
 from .fine_tuning import batches_of, predictor, train
 
@@ -46,10 +46,6 @@ class Shot(Attack):
         """Check the values."""
         if self.pseudo_weight < 0 or self.images < 1:
             raise ValueError(f"{self} cannot run; needed: pseudo_weight >= 0 and images >= 1.")
-
-    def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
-        """Say so where the head cannot name the target's classes."""
-        return head_mismatch(model, num_labels)
 
     def fit(self, model: PreTrainedModel, loot: Loot, protocol: FineTuneProtocol, value: float, seed: int) -> Predict:
         """Adapt ``model`` in place at peak rate ``value``; see :class:`Attack`."""

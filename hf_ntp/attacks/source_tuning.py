@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..functional import softened_divergence
 from ..models import find_head, has_head, heads_of, replace_head
 from .attack import NO_HEAD, Attack, FineTuneProtocol, Loot, Predict
 from .fine_tuning import FineTuning, batches_of, cross_entropy_on, train
@@ -114,9 +115,7 @@ class TransNTL(Attack):
             batch = next(batches).to(model.device)
             clean = model(pixel_values=images[batch]).logits
             perturbed = model(pixel_values=perturb(images[batch], generator)).logits
-            repair = F.kl_div(
-                clean.detach().log_softmax(-1), perturbed.log_softmax(-1), reduction="batchmean", log_target=True
-            )
+            repair = softened_divergence(perturbed, clean.detach())
             return F.cross_entropy(clean, labels[batch]) + self.repair_weight * repair
 
         return loss

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..functional import cardinality_mask
-from ..models import load_model, noted_prunable_weights, zero_fraction
+from ..models import load_model, noted_prunable_weights, notes_of, zero_fraction
 from ..run_folder import whole_folder
 
 
@@ -29,7 +29,7 @@ def prune_without_protection(
     if kind not in ("magnitude", "random"):
         raise ValueError(f"kind is {kind!r}; needed: 'magnitude' or 'random'.")
     model, protected = (load_model(str(path)) for path in (checkpoint, like))
-    model.config.ntp = {**(getattr(protected.config, "ntp", None) or {}), "method": f"{kind}-pruning-control"}
+    model.config.ntp = {**notes_of(protected), "method": f"{kind}-pruning-control"}
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, zeros in noted_prunable_weights(protected).items():

@@ -24,6 +24,7 @@ from ..models import (
     live_weights,
     load_model,
     noted_prunable_weights,
+    notes_of,
     zero_fraction,
 )
 from ..run_folder import weight_digests
@@ -223,7 +224,7 @@ def measure_sparsity(
     model: PreTrainedModel, source: PixelDataset | Dataset, requested: float | None = None
 ) -> SparsityReport:
     """Count zeros over prunable and over live weights of a protected model."""
-    notes: dict[str, Any] = getattr(model.config, "ntp", None) or {}
+    notes = notes_of(model)
     weights = noted_prunable_weights(model)
     # Dataset has no __len__ for the type checker, but every map-style dataset has one.
     some: Dataset = Subset(source, range(min(len(source), _LIVE_IMAGES)))  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from .admm import (
     soft_dual,
 )
 from .collapse import relative_collapse, token_spread
-from .features import FeatureDistance, feature_distance
+from .features import FeatureDistance, feature_distance, standardized
 from .fisher import (
     between_class_scatter,
     class_means,
@@ -28,7 +28,7 @@ from .learning_curve import (
     retained_transfer,
     slc_auc,
 )
-from .losses import clamped_ascent, uniform_cross_entropy
+from .losses import clamped_ascent, softened_divergence, uniform_cross_entropy
 from .proximal import (
     GlobalSelector,
     LayerSelector,
@@ -78,6 +78,8 @@ __all__ = [
     "soft_anchor",
     "soft_dual",
     "soft_threshold",
+    "softened_divergence",
+    "standardized",
     "token_spread",
     "trace_ratio",
     "uniform_cross_entropy",

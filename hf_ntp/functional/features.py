@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 # Of the reference's mean square: less spread than that is rounding.
 _ROUNDING = 1e-6
+_NO_VARIANCE = 1e-12
 
 
 class FeatureDistance(NamedTuple):
@@ -42,3 +43,14 @@ def feature_distance(features: Tensor, reference: Tensor) -> FeatureDistance:
     error = (features - reference).square().sum(-1).mean()
     similarity = F.cosine_similarity(features - centre, reference - centre)
     return FeatureDistance(1 - similarity.mean(), error / (spread + _ROUNDING * length).clamp_min(1e-12))
+
+
+def standardized(features: Tensor) -> Tensor:
+    """Give every feature mean 0 and variance 1 over the batch: [..., N, D].
+
+    Where there is next to no variance in any, nothing is left of it, nor of a gradient, which would overflow.
+    """
+    features = features.float()
+    variance, mean = torch.var_mean(features, dim=-2, keepdim=True, correction=0)
+    alive = variance.mean(-1, keepdim=True) > _NO_VARIANCE
+    return (features - mean) / (variance + _NO_VARIANCE).sqrt() * alive

@@ -38,3 +38,15 @@ def uniform_cross_entropy(logits: Tensor) -> Tensor:
     num_classes = logits.shape[-1]
     uniform = logits.new_full(logits.shape, 1 / num_classes)
     return F.kl_div(F.log_softmax(logits.float(), dim=-1), uniform.float(), reduction="batchmean")
+
+
+def softened_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of logits [N, K] (Hinton et al., 2015).
+
+    The factor keeps its gradient at the size of the cross-entropy's, whatever the temperature.
+
+    Returns:
+        Mean over the batch, a scalar in nats.
+    """
+    wanted, given = ((logits / temperature).log_softmax(-1) for logits in (teacher, student))
+    return temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)

@@ -23,6 +23,11 @@ from .sharding import whole
 _WEIGHT_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def notes_of(model: PreTrainedModel) -> Mapping[str, Any]:
+    """Return what a protected checkpoint notes of its pruning in ``config.ntp``; nothing for any other."""
+    return getattr(model.config, "ntp", None) or {}
+
+
 def find_head(model: PreTrainedModel, head_name: str | None = None) -> tuple[str, nn.Linear]:
     """Find the classification head: the one ``nn.Linear`` outside the base model with ``num_labels`` outputs.
 
@@ -37,7 +42,7 @@ def find_head(model: PreTrainedModel, head_name: str | None = None) -> tuple[str
         ValueError: If there is no such layer or more than one.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    head_name = head_name or (getattr(model.config, "ntp", None) or {}).get("head_name")
+    head_name = head_name or notes_of(model).get("head_name")
     if head_name is not None:
         if head_name not in linears:
             raise ValueError(
@@ -181,7 +186,7 @@ def layers_with_weights(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def noted_prunable_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Prunable weights by the patterns that a protected checkpoint notes in ``config.ntp``; by rule for any other."""
-    notes = getattr(model.config, "ntp", None) or {}
+    notes = notes_of(model)
     return prunable_weights(model, notes.get("prune_include") or (), notes.get("prune_exclude") or ())
 
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
-from .encoder import fresh_head
+from .encoder import fresh_head, notes_of
 
 _CLASSIFIER = "ForImageClassification"
 # "ViTMAEForPreTraining" is a task around an encoder, "PoolFormerModel" is an encoder.
@@ -42,7 +42,7 @@ def has_head(model: PreTrainedModel, head_name: str | None = None) -> bool:
     if isinstance(model, EncoderWithHead):
         return False
     name = type(model).__name__
-    if head_name or _notes(model).get("head_name") or _CLASSIFIER in name:
+    if head_name or notes_of(model).get("head_name") or _CLASSIFIER in name:
         return True
     return not _TASK.search(name) and "labels" in inspect.signature(model.forward).parameters
 
@@ -234,7 +234,7 @@ class EncoderWithHead(PreTrainedModel):
     def __init__(self, encoder: PreTrainedModel, encoder_name: str | None = None) -> None:
         super().__init__(encoder.config)
         self.encoder = encoder
-        self.encoder_name = encoder_name or _notes(encoder).get("encoder_name")
+        self.encoder_name = encoder_name or notes_of(encoder).get("encoder_name")
         self.body_name = self._find_body()
         self.supports_gradient_checkpointing = encoder.supports_gradient_checkpointing
         self._no_split_modules = encoder._no_split_modules
@@ -314,7 +314,3 @@ class EncoderWithHead(PreTrainedModel):
             own = {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)}
             options["state_dict"] = own
         self.encoder.save_pretrained(save_directory, *args, **options)
-
-
-def _notes(model: PreTrainedModel) -> Mapping[str, Any]:
-    return getattr(model.config, "ntp", None) or {}

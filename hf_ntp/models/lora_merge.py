@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .adapters import lora_base
-from .encoder import noted_prunable_weights
+from .encoder import noted_prunable_weights, notes_of
 from .headless import with_head
 
 # What adapters put between a layer and its weights, in the names of parameters.
@@ -38,7 +38,7 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
         ValueError: If the adapter is no LoRA or is merged already, or the base model notes no pruning or has no zeros.
     """
     base = lora_base(model)
-    notes = getattr(base.config, "ntp", None) or {}
+    notes = notes_of(base)
     if not notes:
         raise ValueError(
             "the base model's config has no ntp; needed: the notes of a protected model. Merge adapters of other "

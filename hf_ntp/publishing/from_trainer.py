@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..data import DomainReference
 from ..evaluation.measure import Measurement, measure_sparsity
-from ..models import has_head, plain_model
+from ..models import has_head, notes_of, plain_model
 from ..run_folder import weight_digests, whole_folder
 from ..training.domains import Joined
 from .card import NO_REPO
@@ -60,7 +60,7 @@ def write_folder(
     folder = Path(folder).resolve()
     _check_place(folder)
     model = trainer.model
-    if not getattr(model.config, "ntp", None):
+    if not notes_of(model):
         raise ValueError(
             "the trainer's model is not protected yet: its config has no entry 'ntp'; needed: a finished train(). "
             "Train first, or resume the run."

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .paired_data import PairedSampler
-from .pruning import ADMMPruner
-
-
-class Protector(Protocol):
-    """What the callback calls: the part of :class:`~hf_ntp.NTPTrainer` that knows what is due."""
-
-    paired_sampler: PairedSampler
-    pruner: ADMMPruner
-
-    def begin_pruning(self, max_steps: int) -> None:
-        """Look at what is planned for so many optimizer steps."""
-
-    def advance_pruning(self, step: int, max_steps: int) -> None:
-        """Do what is due after optimizer step ``step``."""
-
-    def look_at_source(self, step: int) -> None:
-        """See how accurate the model still is after optimizer step ``step``."""
-
-    def complete_pruning(self) -> None:
-        """Make sure the requested sparsity is reached."""
-
-    def end_step(self) -> bool:
-        """Check the step that was taken; tell whether to save and leave."""
-
-    def leave(self) -> None:
-        """End the process where that was asked for, now that a checkpoint is written."""
+if TYPE_CHECKING:
+    from .trainer import NTPTrainer
 
 
 class PruningCallback(TrainerCallback):
     """Delegates Trainer's events to the trainer: epoch order, ADMM penalty, Z-steps, mask, signals."""
 
-    def __init__(self, trainer: Protector) -> None:
+    def __init__(self, trainer: NTPTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(

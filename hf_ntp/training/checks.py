@@ -86,7 +86,7 @@ def warn_of_frozen_layers(network: PreTrainedModel, head_name: str) -> None:
     fixed = [
         name
         for name, layer in layers_with_weights(network).items()
-        if name != head_name and "lora_" not in name and not layer.weight.requires_grad
+        if name != head_name and not layer.weight.requires_grad
     ]
     if fixed:
         logger.warning(

@@ -49,7 +49,7 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
     ``remove_unused_columns`` False (batches hold two domains), ``per_device_train_batch_size`` 32 (source images per
     step; as many of every target come on top), ``dataloader_pin_memory`` False, ``logging_nan_inf_filter`` False (it
     waits for the device at every step, and a loss that is not finite ends the run). ``weight_decay`` never acts on
-    prunable weights while ADMM does.
+    prunable weights.
 
     Raises:
         ValueError: If an option, or a combination, makes no sense; see :class:`ProtectionArguments`.

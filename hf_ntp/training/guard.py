@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
-from typing import ClassVar
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ..data import fetch_rows
-from ..functional import FeatureDistance, feature_distance
-from ..models import find_head, frozen_batch_norm_statistics, mask_noise, plain_model, recorded_features
+from ..functional import FeatureDistance, feature_distance, softened_divergence
+from ..models import batch_norms, find_head, frozen_batch_norm_statistics, mask_noise, plain_model, recorded_features
 from .config import NTPConfig
 from .distributed import average, gather_rows
 from .paired_data import collate, length_of
@@ -35,12 +35,16 @@ _FIRST_LOOK = 128
 """Images on which the original is checked before training."""
 _ABOVE_CHANCE = 0.1
 """Of the way from chance to perfect: who is no further does not know a domain."""
+_HELD_BACK = 0.1
+"""Mean share of its weight below which what is aimed at the target did next to nothing."""
+_LOSS_OF_NOTE = 0.02
+"""Errors on so few images as a guard sees scatter by less."""
 _LOOK_EVERY = 8
 """Optimizer steps between two looks at held-out images: each costs the passes of as many training steps."""
 
 
 class Guard:
-    """A running mean of how much worse than the original the model has become on the source, and its limit.
+    """What keeps the source alive, a running mean of how much worse than the original the model has become, its limit.
 
     Args:
         tolerance: Limit at the first and at the last step; empty for none.
@@ -49,12 +53,72 @@ class Guard:
 
     option: ClassVar[str]
     """Name of the option that holds the tolerance."""
+    remedy = "Lower the sparsity"
+    """What helps first where the tolerance is exceeded all the time."""
     held_out: Dataset | None = None
     """Images that it looks at, where those are not the training batches."""
 
     def __init__(self, tolerance: Sequence[float], device: torch.device) -> None:
         self.tolerance = tolerance
         self.excess = torch.zeros((), device=device)
+
+    def terms(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, seed: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss that keeps the source alive on a training batch, and its single terms for the log; notes the excess.
+
+        Args:
+            model: The model under protection, unwrapped.
+            inputs: "pixel_values" [N, 3, H, W] and, where they are needed, "labels" [N].
+            logits: Of the model, [N, K].
+            features: Its pooled features, [N, D].
+            seed: Of what is random.
+        """
+        raise NotImplementedError
+
+    def check_original(self, source: Dataset) -> None:
+        """Warn, before training, of an original with which nothing can be kept; nothing to warn of by default.
+
+        Args:
+            source: Training images.
+        """
+
+    def look(self, model: PreTrainedModel, step: int) -> None:
+        """Note the excess on held-out images, if there are any and it is time to.
+
+        Args:
+            model: The model under protection, unwrapped; as it is when used, in evaluation mode.
+            step: Number of optimizer steps taken, which alone decides what is looked at.
+        """
+
+    def warn(self, strength: float) -> None:
+        """Say so, after training, if the guard held back what was to protect, or the model lost more than it may.
+
+        Args:
+            strength: Mean share of its weight that everything aimed at the target had.
+        """
+        images = "training" if self.held_out is None else "evaluation"
+        if strength < _HELD_BACK:
+            logger.warning(
+                "Everything aimed at the target had %.0f %% of its weight on average (target_strength): on authorized "
+                "%s images the model stayed worse than the original by more than %s=%s allows. Expect weak "
+                "protection. %s, or raise %s and watch the accuracy.",
+                100 * strength,
+                images,
+                self.option,
+                self.tolerance,
+                self.remedy,
+                self.option,
+            )
+        excess, last = float(self.excess), self.tolerance[-1] if self.tolerance else math.inf
+        if excess > max(2 * last, last + _LOSS_OF_NOTE):
+            logger.warning(
+                "On authorized images the model ends %.3g worse than the original (source_excess); %s allows %g. "
+                "Train longer, or lower learning_rate, sparsity or attacker_weight.",
+                excess,
+                self.option,
+                last,
+            )
 
     def share(self, progress: float) -> Tensor | float:
         """Share of its weight that everything aimed at the target may have, in [0, 1].
@@ -94,14 +158,24 @@ class SourceGuard(Guard):
         needed = args.source_distillation or args.source_tolerance
         self.original = _frozen_copy(model, args.device) if needed else None
         self._args, self.held_out = args, held_out
+        if held_out is None:
+            self.remedy = "An original that has memorised those images makes this likely: pass others as eval_dataset"
+
+    def terms(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, seed: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy, and the distance from the original's predictions; see :meth:`Guard.terms`."""
+        loss = F.cross_entropy(logits, inputs["labels"], label_smoothing=self._args.label_smoothing_factor)
+        terms = {"source_loss": loss.detach()}
+        distillation = self.compare(inputs["pixel_values"], logits, inputs["labels"])
+        if distillation is not None:
+            terms |= {"distillation_loss": distillation.detach(), "source_excess": self.excess}
+            loss = loss + self._args.source_distillation * distillation
+        return loss, terms
 
     @torch.no_grad()
     def check_original(self, source: Dataset) -> None:
-        """Warn if the original model does not classify the source: there would be nothing to lose, and to keep.
-
-        Args:
-            source: Training images, for where none are held out.
-        """
+        """Warn if the original does not classify the held-out images (else ``source``); see the base class."""
         if self.original is None:
             return
         data = source if self.held_out is None else self.held_out
@@ -140,17 +214,11 @@ class SourceGuard(Guard):
         if self.held_out is None:
             worse = _lost(teacher, logits.detach(), labels) / len(labels)
             self._note(average(worse), _share_of(len(labels) * self._args.world_size))
-        student, teacher = F.log_softmax(logits.float(), -1), F.log_softmax(teacher, -1)
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return softened_divergence(teacher, logits.float())
 
     @torch.no_grad()
     def look(self, model: PreTrainedModel, step: int) -> None:
-        """Note the excess on the next held-out images, if it is time to; all ranks look at a part of them.
-
-        Args:
-            model: The model under protection, unwrapped; as it is when used, in evaluation mode.
-            step: Number of optimizer steps taken, which alone decides what is looked at.
-        """
+        """Note the excess on the next ones, if it is time to; all ranks look at a part; see :meth:`Guard.look`."""
         if self.held_out is None or step % _LOOK_EVERY:
             return
         assert self.original is not None
@@ -199,7 +267,16 @@ class FeatureGuard(Guard):
         super().__init__(args.feature_tolerance, args.device)
         self.original = _frozen_copy(model, args.device)
         self._head = find_head(self.original, args.head_name)[1]
-        self._norms = [module for module in self.original.modules() if isinstance(module, _BatchNorm)]
+        self._norms = batch_norms(self.original)
+
+    def terms(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, seed: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Distance from the original's features; see :meth:`Guard.terms`."""
+        return self._logged(self.match(inputs["pixel_values"], features))
+
+    def _logged(self, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss, {"source_loss": loss.detach(), "source_excess": self.excess}
 
     def match(self, images: Tensor, features: Tensor) -> Tensor:
         """Note the excess on a source batch, that of all ranks, and return the loss that keeps the features.
@@ -236,6 +313,12 @@ class ReconstructionGuard(FeatureGuard):
 
     The decoder stays as it is: the encoder has to give it what it understands.
     """
+
+    def terms(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, seed: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruction loss relative to the original's; see :meth:`Guard.terms`."""
+        return self._logged(self.reconstruct(model, inputs["pixel_values"], seed))
 
     def reconstruct(self, model: PreTrainedModel, images: Tensor, seed: int) -> Tensor:
         """Note the excess on a source batch, averaged over ranks, and return the loss of the autoencoder.

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ..functional import (
     clamped_ascent,
     relative_collapse,
+    standardized,
     trace_ratio,
     uniform_cross_entropy,
     whitened_discriminant,
@@ -30,7 +31,6 @@ from .arguments import ProtectionArguments
 from .distributed import average, gather_rows
 from .target_head import TargetHead
 
-_NO_VARIANCE = 1e-12
 _FISHER = {"trace_ratio": trace_ratio, "whitened": whitened_discriminant}
 
 
@@ -84,17 +84,6 @@ def fisher_term(batch: TargetBatch, labels: Tensor, num_classes: int, options: P
             together = standardized(together)
         terms.append(_FISHER[options.fisher](together, labels, num_classes, options.fisher_shrinkage))
     return torch.cat(terms).mean()
-
-
-def standardized(features: Tensor) -> Tensor:
-    """Give every feature mean 0 and variance 1 over the batch: [..., N, D].
-
-    Where there is next to no variance in any, nothing is left of it, nor of a gradient, which would overflow.
-    """
-    features = features.float()
-    variance, mean = torch.var_mean(features, dim=-2, keepdim=True, correction=0)
-    alive = variance.mean(-1, keepdim=True) > _NO_VARIANCE
-    return (features - mean) / (variance + _NO_VARIANCE).sqrt() * alive
 
 
 def collapse_term(target: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
     BaseImageProcessor,
@@ -64,7 +63,7 @@ from .checks import check_call, check_fit, check_sizes, warn_of_frozen_layers
 from .config import NTPConfig
 from .distributed import check_processes, choose_units
 from .domains import Joined, check_task, classifies, held_out, shares_of, source_domain, target_domains
-from .guard import FeatureGuard, ReconstructionGuard, SourceGuard
+from .guard import FeatureGuard, Guard, ReconstructionGuard, SourceGuard
 from .objective import TargetBatch, target_terms
 from .paired_data import (
     ImageData,
@@ -84,12 +83,8 @@ from .terms import Reading, Terms, not_finite
 
 logger = logging.getLogger(__name__)
 
-# Mean share of its weight below which what is aimed at the target did next to nothing.
-_HELD_BACK = 0.1
 # Z-steps without which the weights have not been led to zero when the mask is fixed.
 _FEW_Z_STEPS = 3
-# Errors on so few images as a guard sees scatter by less.
-_LOSS_OF_NOTE = 0.02
 # Shorter is no length: what has none cannot be given one by a factor.
 _NO_LENGTH = 1e-12
 
@@ -299,7 +294,7 @@ class NTPTrainer(Trainer):
         self._head_name, self._head = head_name, head
         self._pool: AttackerPool | None = None
         # All three are of the model before protection, also where training resumes.
-        self._guard: SourceGuard | FeatureGuard
+        self._guard: Guard
         if self._matches_features:
             kind = ReconstructionGuard if args.source_loss == "reconstruction" else FeatureGuard
             self._guard = kind(self.model, args)
@@ -341,7 +336,7 @@ class NTPTrainer(Trainer):
                 return self._feature_loss(model, inputs["pixel_values"], return_outputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         logits, features, tokens, targets = self._forward(model, inputs)
-        loss, terms = self._source_terms(inputs, logits, features)
+        loss, terms = self._guard.terms(self.model, inputs, logits, features, self._mask_seed())
         strength = self._strength()
         if targets or self._pool is not None:
             terms["target_strength"] = torch.as_tensor(strength, device=loss.device)
@@ -351,24 +346,6 @@ class NTPTrainer(Trainer):
             loss = loss + strength * target_loss
         self._terms.add({"loss": loss, **terms})
         return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _source_terms(
-        self, inputs: dict[str, Any], logits: Tensor, features: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what keeps the source alive, and its single terms for the log."""
-        if isinstance(self._guard, FeatureGuard):
-            if isinstance(self._guard, ReconstructionGuard):
-                loss = self._guard.reconstruct(self.model, inputs["pixel_values"], self._mask_seed())
-            else:
-                loss = self._guard.match(inputs["pixel_values"], features)
-            return loss, {"source_loss": loss.detach(), "source_excess": self._guard.excess}
-        loss = F.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
-        terms = {"source_loss": loss.detach()}
-        distillation = self._guard.compare(inputs["pixel_values"], logits, inputs["labels"])
-        if distillation is not None:
-            terms |= {"distillation_loss": distillation.detach(), "source_excess": self._guard.excess}
-            loss = loss + self.args.source_distillation * distillation
-        return loss, terms
 
     def _mask_seed(self) -> int:
         """Of this step on this rank, so that a resumed run hides the same patches."""
@@ -520,9 +497,8 @@ class NTPTrainer(Trainer):
 
     def look_at_source(self, step: int) -> None:
         """After optimizer step ``step``, let the guard see held-out images if it is time to."""
-        if isinstance(self._guard, SourceGuard):
-            with self.compute_loss_context_manager():
-                self._guard.look(self.model, step)
+        with self.compute_loss_context_manager():
+            self._guard.look(self.model, step)
 
     @torch.no_grad()
     def _restore_lengths(self) -> None:
@@ -558,8 +534,7 @@ class NTPTrainer(Trainer):
             torch._foreach_add_(list(self.prunable.values()), 0.0)
         self._heed(self._terms.read())
         self._check_state()
-        self._warn_if_held_back()
-        self._warn_of_loss()
+        self._guard.warn(self._mean_strength())
         self._note_pruning()
 
     def _note_pruning(self) -> None:
@@ -574,43 +549,13 @@ class NTPTrainer(Trainer):
             **({"encoder_name": self.args.encoder_name} if self._headless else {}),
         }
 
-    def _warn_of_loss(self) -> None:
-        """Say so if the model ends far beyond what it was allowed to lose on the source."""
-        excess, last = float(self._guard.excess), self._guard.tolerance[-1] if self._guard.tolerance else math.inf
-        if excess > max(2 * last, last + _LOSS_OF_NOTE):
-            logger.warning(
-                "On authorized images the model ends %.3g worse than the original (source_excess); %s allows %g. "
-                "Train longer, or lower learning_rate, sparsity or attacker_weight.",
-                excess,
-                self._guard.option,
-                last,
-            )
-
-    def _warn_if_held_back(self) -> None:
-        """Say so if the source guard has switched off what was to protect."""
+    def _mean_strength(self) -> float:
+        """Share of its weight that everything aimed at the target had on average after the warm-up, in [0, 1]."""
         warm = self.args.target_warmup * self.state.max_steps
         log = [row for row in self.state.log_history if row.get("step", 0) > warm]
         shares = [row["target_strength"] for row in log if "target_strength" in row]
         total, count = self._terms.state().get("target_strength", (0.0, 0))  # what was not logged
-        share = sum(shares) / len(shares) if shares else total / count if count else 1.0
-        if share < _HELD_BACK:
-            option = self._guard.option
-            by_heart = (
-                "An original that has memorised those images makes this likely: pass others as eval_dataset"
-                if option == "source_tolerance" and self._guard.held_out is None
-                else "Lower the sparsity"
-            )
-            logger.warning(
-                "Everything aimed at the target had %.0f %% of its weight on average (target_strength): on authorized "
-                "%s images the model stayed worse than the original by more than %s=%s allows. Expect weak "
-                "protection. %s, or raise %s and watch the accuracy.",
-                100 * share,
-                "training" if self._guard.held_out is None else "evaluation",
-                option,
-                getattr(self.args, option),
-                by_heart,
-                option,
-            )
+        return float(sum(shares) / len(shares) if shares else total / count if count else 1.0)
 
     # Trainer hooks
 
@@ -646,8 +591,7 @@ class NTPTrainer(Trainer):
             )
             rows = self.args.per_device_train_batch_size * (self.paired_sampler.draws - 1)
             self._pool.check_shares(rows, self.args.gradient_accumulation_steps)
-        if isinstance(self._guard, SourceGuard):
-            self._guard.check_original(self.train_dataset.source)
+        self._guard.check_original(self.train_dataset.source)
         self._pruning_log, self._terms = {"sparsity": torch.zeros(())}, self._new_terms()
         self._attacked, self._leaving, self._ended = {}, False, False
         self._guard.excess = torch.zeros_like(self._guard.excess)

@@ -1,23 +1,14 @@
 import copy
-import math
 
 import pytest
 import torch
 
 from hf_ntp.attacks import FineTuneProtocol, FineTuning, distillation
-from hf_ntp.attacks.distillation import Distillation, _standardised, softened_divergence
+from hf_ntp.attacks.distillation import Distillation, _standardised
 from hf_ntp.models.changes import fresh_model
 
 from ..conftest import Rows, tiny_vit
 from .conftest import QUICK, changed, loot_of, state_of
-
-
-def test_divergence_by_hand():
-    """T = 2 turns logits log 9 and 0 into odds of 3: 4 (.75 log(.75 / .5) + .25 log(.25 / .5))."""
-    teacher, student = torch.tensor([[math.log(9), 0.0]]), torch.zeros(1, 2)
-    expected = 4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    assert softened_divergence(teacher, student, 2.0) == pytest.approx(expected, rel=1e-5)
-    assert softened_divergence(teacher, teacher, 2.0) == pytest.approx(0, abs=1e-6)
 
 
 def test_without_a_teacher_it_is_scratch_training(model):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from hf_ntp.functional import clamped_ascent, uniform_cross_entropy
+from hf_ntp.functional import clamped_ascent, softened_divergence, uniform_cross_entropy
 
 
 def test_clamped_ascent_by_hand():
@@ -40,3 +40,11 @@ def test_uniform_cross_entropy_has_no_dead_zone():
     uniform_cross_entropy(level).backward()
     assert float(uniform_cross_entropy(level)) == pytest.approx(0.0, abs=1e-6)
     assert level.grad.abs().max() < 1e-6
+
+
+def test_softened_divergence_by_hand():
+    """T = 2 turns logits log 9 and 0 into odds of 3: 4 (.75 log(.75 / .5) + .25 log(.25 / .5))."""
+    teacher, student = torch.tensor([[math.log(9), 0.0]]), torch.zeros(1, 2)
+    expected = 4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert softened_divergence(teacher, student, 2.0) == pytest.approx(expected, rel=1e-5)
+    assert softened_divergence(teacher, teacher, 2.0) == pytest.approx(0, abs=1e-6)
