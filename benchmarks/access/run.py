@@ -2,11 +2,11 @@
 
     python -m benchmarks.access.run
 
-(from the root of the repository). The small ViT is pretrained and protected as in benchmarks/strength/run.py, once for
-each `target_access`, and attacked with images that no protection has seen. Test data is looked at once: options were
-chosen on validation data of the first pair. Finished models and fits are kept in --work_dir; results.json and table.md
-are rewritten after every pair and seed, and what is there is not run again until a setting changes.
-`--only syn-mnist` (any part of a pair) runs some pairs only, `--seeds 0 1 2` protects with several seeds.
+(from the root of the repository). The small ViT is pretrained and protected as in benchmarks/strength/run.py, once
+for each `target_access`, and attacked with images that no protection has seen. Options were chosen on validation data
+of the first pair; the rows were measured anew when attacks changed. Finished models and fits are kept in --work_dir;
+results.json and table.md are rewritten after every pair and seed, and what is there is not run again until a setting
+changes. `--only syn-mnist` (any part of a pair) runs some pairs only, `--seeds 0 1 2` protects with several seeds.
 """
 
 from __future__ import annotations

@@ -4,17 +4,17 @@
 
 (from the root of the repository). Every candidate of CANDIDATES, or those named, is protected like a cell of
 benchmarks/strength/run.py and attacked, on validation data: source accuracy is that of the source's validation part;
-the target's validation part is halved, one half tunes the attacks and the other scores them. Test data is never looked
-at, so that the strength benchmark stays a measurement. results.json and table.md are rewritten after every run; a run
-whose result is there is not done again until the candidate's options or the number of protection steps change (after a
-change of the method, delete its entry). Entries whose names are not in CANDIDATES are of values and options that did
-not pay and were taken out again ("source attackers": half of the simulated attackers began with steps on source
-images; "domain separation": a term that makes source and target linearly separable after every block), or ("guard in
-nats") of a source_tolerance of [0.4, 0.02] nats on training batches, or ("new heads only") of simulated
-attackers who never kept the model's head (attacker_keeps_head of 0), in a ResNet ("batch statistics") nor the
-statistics of its BatchNorm (attacker_keeps_statistics of 0). Their settings in results.json hold the options that
-still exist; of the others only the name tells. The guard looks at the same validation images, so that "after"
-flatters all candidates alike.
+the target's validation part is halved, one half tunes the attacks and the other scores them. Test data is never
+looked at, so that the strength benchmark stays a measurement. results.json and table.md are rewritten after every
+run; a run whose result is there is not done again until the candidate's options or the number of protection steps
+change (after a change of the method, delete its entry). Entries whose names are not in CANDIDATES are of values and
+options that did not pay and were taken out again ("source attackers": half of the simulated attackers began with
+steps on source images; "domain separation": a term that makes source and target linearly separable after every
+block), or ("guard in nats") of a source_tolerance of [0.4, 0.02] nats on training batches, or ("new heads only") of
+simulated attackers who never kept the model's head (attacker_keeps_head of 0), in a ResNet ("batch statistics") nor
+the statistics of its BatchNorm (attacker_keeps_statistics of 0). Their settings in results.json are those of then;
+options that the library no longer has are among them. Attacks that begin with source images are compared with plain
+scratch here. The guard looks at the same validation images, so that "after" flatters all candidates alike.
 """
 
 from __future__ import annotations

@@ -71,6 +71,7 @@ DECISIVE = (
     "lora",
     "linear_probe",
 )
-"""The ones that broke protections in our experiments, or that every table of the field has."""
+"""The ones that broke protections in our experiments and need no authorized images, or that every table of the field
+has; attacks that begin with authorized images can be better (README)."""
 
 __all__ = ["ATTACKS", "DECISIVE", "Attack", "FineTuneProtocol", "FineTuning", "Loot", "Predict"]

@@ -116,7 +116,7 @@ class LayerSelector:
 def _kth_smallest(values: Tensor, k: int) -> Tensor:
     if values.device.type == "cpu":  # half the time of kthvalue, which carries indices along
         return torch.from_numpy(np.partition(values.numpy(), k - 1)[k - 1 : k].copy())
-    return values.sort().values[k - 1 : k].clone()  # on a GPU, kthvalue takes ten times as long
+    return values.sort().values[k - 1 : k].clone()  # kthvalue took ten times as long on a GPU
 
 
 def project_cardinality(x: Tensor, sparsity: float) -> Tensor:

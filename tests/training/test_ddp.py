@@ -1,5 +1,8 @@
+import os
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,9 @@ from hf_ntp.models import noted_prunable_weights, zero_fraction
 
 from .ddp_script import PATTERNS, RUNS, SHARDED, prune, run
 
+CRASH = "Signal 11 (SIGSEGV)"
+"""What torchrun says of a process that died so."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -19,13 +25,21 @@ def folder(tmp_path_factory):
 def launch(folder, device, processes):
     """What every rank found."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.training.ddp_script", str(folder), device, str(processes)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    for again in (True, False):
+        done = subprocess.run(
+            [*torchrun, "-m", "tests.training.ddp_script", str(folder), device, str(processes)],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        if not (again and device == "cpu" and CRASH in done.stderr):
+            break
+        # Seen once in about forty runs, in a collective of FSDP: native code, not a result that differs.
+        warnings.warn(f"a process crashed in native code, once more:\n{done.stderr[-6000:]}", stacklevel=2)
+        shutil.rmtree(folder)
+        folder.mkdir()
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
 
