@@ -10,10 +10,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..functional import softened_divergence
-from ..models import find_head, recorded_features
+from ..models import features_and_logits, find_head, recorded_features
 from ..models.changes import fresh_model
 from .attack import Attack, FineTuneProtocol, Loot, Predict
-from .features import features_and_logits
 from .fine_tuning import FineTuning, batches_of, predictor, train
 
 

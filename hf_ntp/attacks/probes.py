@@ -16,9 +16,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..models import batch_norms, has_batch_norm
+from ..models import batch_norms, features_and_logits, has_batch_norm
 from .attack import Attack, FineTuneProtocol, Loot, Predict
-from .features import features_and_logits
 
 _DECADES = tuple(10.0**power for power in range(-3, 4))
 _MAX_ITERATIONS = 1000

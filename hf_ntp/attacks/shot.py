@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..models import heads_of
+from ..models import features_and_logits, heads_of
 from .attack import Attack, FineTuneProtocol, Loot, Predict
-from .features import features_and_logits
 from .fine_tuning import batches_of, predictor, train
 
 # How often pseudo-labels are renewed over a fit; SHOT does so once in each of its 15 epochs.

@@ -8,9 +8,9 @@ import numpy as np
 from sklearn.model_selection import KFold, cross_val_score
 from transformers import PreTrainedModel
 
-from ..attacks.features import features_and_logits
 from ..attacks.probes import KINDS
 from ..data import PixelDataset
+from ..models import features_and_logits
 
 _FOLDS = 5
 

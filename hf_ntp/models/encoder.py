@@ -237,6 +237,28 @@ def recorded_features(head: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+@torch.no_grad()
+def features_and_logits(
+    model: PreTrainedModel, images: Tensor, batch_size: int = 256, head: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
+    """Features [N, D] that enter the head, and logits [N, K], for pixel values [N, 3, H, W]; on the model's device.
+
+    Computed in eval mode (no dropout, running statistics of BatchNorm); the model's own mode is given back.
+
+    Args:
+        model: With a head.
+        images: Pixel values, on any device.
+        batch_size: Images per forward pass.
+        head: Default what :func:`find_head` finds.
+    """
+    training = model.training
+    model.eval()
+    with recorded_features(head or find_head(model)[1]) as features:
+        logits = [model(pixel_values=batch.to(model.device)).logits for batch in images.split(batch_size)]
+    model.train(training)
+    return torch.cat(features), torch.cat(logits)
+
+
 def stage_tokens(hidden_states: Sequence[Tensor] | None, blocks: int = 0) -> tuple[Tensor, ...]:
     """Output of every block as [N, T, D]: the tokens of a transformer, or the positions of a feature map [N, D, H, W].
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, default_data_collator
 
 from ..data import fetch_rows, fingerprint_of
-from ..models import recorded_features
+from ..models import features_and_logits
 from .paired_data import length_of
 
 # Enough for classes to show; what varies less, relative to the first, is rounding error that whitening would raise.
@@ -75,7 +75,12 @@ def with_clusters(
             f"pseudo_classes is {num_clusters} for {length_of(data)} unlabelled images; needed: an image per class at "
             "least, better ten. Lower pseudo_classes, or pass more images."
         )
-    features = _pooled_features(data, model, head, device)
+    home = model.device
+    nn.Module.to(model, device)
+    batches = DataLoader(data, _BATCH_SIZE, collate_fn=lambda rows: default_data_collator(rows)["pixel_values"])
+    pooled = torch.cat([features_and_logits(model, images, head=head)[0] for images in batches])
+    nn.Module.to(model, home)
+    features = pooled.double().cpu().numpy()
     components = PCA(min(_COMPONENTS, *features.shape), random_state=seed).fit_transform(features)
     variance = components.var(0)
     kept = variance > _LEAST_VARIANCE * variance[0]
@@ -83,16 +88,3 @@ def with_clusters(
     clusters = KMeans(num_clusters, n_init=_RESTARTS, random_state=seed).fit_predict(whitened)
     labels = broadcast_object_list([clusters.astype(np.int64)])[0]
     return Relabelled(data, labels)
-
-
-@torch.no_grad()
-def _pooled_features(data: Dataset, model: PreTrainedModel, head: nn.Module, device: torch.device) -> np.ndarray:
-    """Features [N, D] that enter the head, in eval mode, float64."""
-    training, home = model.training, model.device
-    nn.Module.to(model.eval(), device)
-    images = DataLoader(data, _BATCH_SIZE, collate_fn=lambda rows: default_data_collator(rows)["pixel_values"])
-    with recorded_features(head) as features:
-        for batch in images:
-            model(pixel_values=batch.to(device))
-    nn.Module.to(model.train(training), home)
-    return torch.cat(features).double().cpu().numpy()

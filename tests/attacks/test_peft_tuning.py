@@ -4,9 +4,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
 from hf_ntp.attacks import FineTuneProtocol, Loot
-from hf_ntp.attacks.features import features_and_logits
 from hf_ntp.attacks.peft_tuning import PeftTuning, adaptable_modules
-from hf_ntp.models import find_head, prunable_weights
+from hf_ntp.models import features_and_logits, find_head, prunable_weights
 
 from ..conftest import tiny_resnet, tiny_vit
 from .conftest import QUICK, accuracy, bars, loot_of

@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ntp.attacks.features import features_and_logits
 from hf_ntp.attacks.probes import KINDS, Probe, reestimate_statistics
-from hf_ntp.models import find_head
+from hf_ntp.models import features_and_logits, find_head
 
 from ..conftest import Rows, tiny_resnet, tiny_vit
 from .conftest import QUICK, changed, loot_of, state_of
