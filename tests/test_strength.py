@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_ntp.attacks import probes
+from hf_ntp import load_domain
+from hf_ntp.attacks import FineTuneProtocol, probes
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "strength" / "run.py"
 
@@ -33,6 +35,9 @@ def benchmark(monkeypatch):
     monkeypatch.setattr(module, "SEEDS", (0, 1))
     monkeypatch.setattr(module, "PROTECTION_SEEDS", (1,))
     monkeypatch.setattr(module, "PRETRAIN_STEPS", 4)
+    one_rate = partial(FineTuneProtocol, learning_rates=(1e-3,))
+    monkeypatch.setattr(module.hf_ntp, "FineTuneProtocol", one_rate)
+    monkeypatch.setattr(module.hf_ntp, "load_domain", partial(load_domain, max_samples=400))
     monkeypatch.setattr(probes, "_MAX_ITERATIONS", 20)  # on features of a few steps thousands would not be enough
     return module
 

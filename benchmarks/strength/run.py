@@ -17,6 +17,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -105,6 +106,7 @@ class Domain(NamedTuple):
     names: list[str]
 
 
+@cache
 def load(name: str, image_size: int) -> Domain:
     """Load a domain and divide its training part between owner and attacker."""
     processor = ViTImageProcessorPil(size={"height": image_size, "width": image_size})

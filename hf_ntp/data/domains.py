@@ -6,6 +6,7 @@ import io
 import logging
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def load_domain(
     return _carved(splits, {"validation": validation_fraction, "test": test_fraction}, seed)
 
 
+@cache  # encoding the images takes a second or more
 def embedded_dataset(name: str) -> Dataset:
     """Build one of ``EMBEDDED_DOMAINS`` as a dataset in memory with the columns ``image`` and ``label``.
 
