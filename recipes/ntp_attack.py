@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_ntp.recipes.common import HelpFormatter
+
 from hf_ntp.interruption import unwind_on_sigterm
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults, and the launch lines as they are written."""
 
 
 @dataclass
