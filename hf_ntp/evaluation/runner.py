@@ -378,9 +378,8 @@ def _quick_and_quiet() -> Iterator[None]:
 
 
 def load_start(arm: Arm, seed: int) -> PreTrainedModel:
-    """Load the arm's checkpoint, or initialise its architecture with ``seed``, in float32."""
-    if arm.random_init:
-        torch.manual_seed(seed)
+    """Load the arm's checkpoint, or initialise its architecture, in float32; what it lacks is drawn with ``seed``."""
+    torch.manual_seed(seed)
     return load_model(arm.checkpoint, random_init=arm.random_init)
 
 
@@ -433,7 +432,6 @@ def _accuracies(predict: Predict, data: AttackData) -> Accuracies:
 
 
 def _load(fit: Fit) -> PreTrainedModel:
-    torch.manual_seed(fit.seed)  # layers that a checkpoint lacks are initialised on loading
     model = load_start(fit.arm, fit.seed)
     return nn.Module.to(model, _accelerator()) if torch.accelerator.is_available() else model
 

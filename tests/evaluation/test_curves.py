@@ -304,6 +304,15 @@ def test_arms_start_where_they_should(checkpoints):
     assert not torch.equal(scratch.get_parameter(name), other.get_parameter(name))
 
 
+def test_what_a_checkpoint_lacks_is_drawn_with_the_seed(tmp_path):
+    model = tiny_vit()
+    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("classifier")}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    first, again, other = (load_start(Arm("a", str(tmp_path)), seed).classifier.weight for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def test_accuracy_is_taken_in_eval_mode(attack):
     model = tiny_vit(dropout=0.9).train()
     assert accuracy_of(predictor(model), attack.test) == accuracy_of(predictor(model), attack.test, batch_size=7)
