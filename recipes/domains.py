@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -132,7 +133,8 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
     targets = [NEIGHBOURHOOD] if config.target_access == "none" else list(domains.target)
     shares_of(config.target_weights, targets, "target_weights")
     shares_of(config.source_weights, list(domains.source) if len(domains.source) > 1 else [SOURCE], "source_weights")
-    network = with_head(model, config.head_name, config.encoder_name)
+    # A copy: what has no part in an encoder's features, such as a decoder, is frozen for protection.
+    network = with_head(copy.deepcopy(model), config.head_name, config.encoder_name)
     check_names(network, prune_include=config.prune_include, prune_exclude=config.prune_exclude)
     weights = prunable_weights(network, config.prune_include, config.prune_exclude, config.head_name)
     check_pattern(weights, config.prune_pattern)

@@ -23,6 +23,7 @@ from transformers import (
 
 from hf_ntp import NTPTrainer, read_record
 from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
+from hf_ntp.training.self_supervised import small_encoder
 
 from .conftest import tiny_vit
 
@@ -80,6 +81,20 @@ def test_a_masked_autoencoder_stays_one(finished):
     assert record["source_accuracy"]["measure"] == results["source"]["measure"] == "linear_probe"
     assert {"knn_before", "knn_after"} <= results["source"].keys()
     assert model(torch.zeros(1, 3, 16, 16)).loss.isfinite()
+
+
+def test_all_of_a_masked_autoencoder_is_pretrained(tmp_path, monkeypatch):
+    """The checks before it froze the decoder, which has no part in the features."""
+    trained = []
+
+    def stop(method, encoder, *args, **options):
+        trained.extend(name for name, weight in encoder.named_parameters() if weight.requires_grad)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_ntp.training.self_supervised.pretrain", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ntp_ssl.main(["--output_dir", str(tmp_path / "run"), *QUICK])
+    assert trained == [name for name, weight in small_encoder("mae").named_parameters() if weight.requires_grad]
 
 
 def test_no_classifier_for_a_masked_autoencoder(finished, tmp_path):
