@@ -126,18 +126,16 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
     """
     from transformers.integrations import get_reporting_integration_callbacks
 
-    from hf_ntp.models import prunable_weights, with_head
+    from hf_ntp.models import with_head
     from hf_ntp.training.domains import NEIGHBOURHOOD, SOURCE, shares_of
-    from hf_ntp.training.pruning import check_names, check_pattern
+    from hf_ntp.training.pruning import chosen_weights
 
     targets = [NEIGHBOURHOOD] if config.target_access == "none" else list(domains.target)
     shares_of(config.target_weights, targets, "target_weights")
     shares_of(config.source_weights, list(domains.source) if len(domains.source) > 1 else [SOURCE], "source_weights")
     # A copy: what has no part in an encoder's features, such as a decoder, is frozen for protection.
     network = with_head(copy.deepcopy(model), config.head_name, config.encoder_name)
-    check_names(network, prune_include=config.prune_include, prune_exclude=config.prune_exclude)
-    weights = prunable_weights(network, config.prune_include, config.prune_exclude, config.head_name)
-    check_pattern(weights, config.prune_pattern)
+    chosen_weights(network, config, config.head_name)
     for callback in get_reporting_integration_callbacks(config.report_to):
         callback()
 

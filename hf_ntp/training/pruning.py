@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from ..functional import (
     GlobalSelector,
@@ -27,8 +28,9 @@ from ..functional import (
     soft_dual,
     soft_threshold,
 )
+from ..models import prunable_weights
 from ..models.sharding import cut_like, shard, sum_over_shards, whole
-from .arguments import parse_n_m
+from .arguments import ProtectionArguments, parse_n_m
 
 
 class ZStep(NamedTuple):
@@ -98,13 +100,32 @@ def check_names(model: nn.Module, **patterns: Sequence[str]) -> None:
 def check_pattern(weights: Mapping[str, Tensor], pattern: str) -> None:
     """Raise ``ValueError`` where an N:M pattern does not fit the rows of a weight; other patterns always fit."""
     if n_m := parse_n_m(pattern):
-        misfits = [name for name, weight in weights.items() if weight.dim() < 2 or weight[0].numel() % n_m[1]]
+        misfits = [name for name, weight in weights.items() if weight.dim() < 2 or weight.shape[1:].numel() % n_m[1]]
         if misfits:
             raise ValueError(
                 f"prune_pattern {pattern!r} does not fit {len(misfits)} weights, such as {misfits[0]} of shape "
                 f"{tuple(weights[misfits[0]].shape)}; needed: rows whose length {n_m[1]} divides. Leave them out with "
                 "prune_exclude, or choose another pattern."
             )
+
+
+def chosen_weights(
+    model: PreTrainedModel, options: ProtectionArguments, head_name: str | None
+) -> dict[str, nn.Parameter]:
+    """Weights that the options say to prune, by name.
+
+    Args:
+        model: The model under protection, with a head.
+        options: Those that begin with ``prune``.
+        head_name: See :func:`~hf_ntp.models.find_head`.
+
+    Raises:
+        ValueError: If an option means nothing in this model, or leaves nothing to prune.
+    """
+    check_names(model, prune_include=options.prune_include, prune_exclude=options.prune_exclude)
+    weights = prunable_weights(model, options.prune_include, options.prune_exclude, head_name)
+    check_pattern(weights, options.prune_pattern)
+    return weights
 
 
 class ADMMPruner:

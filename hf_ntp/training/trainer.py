@@ -44,7 +44,6 @@ from ..models import (
     hub_id,
     load_model,
     plain_model,
-    prunable_weights,
     reconstructs,
     recorded_features,
     scale_free_weights,
@@ -76,7 +75,7 @@ from .paired_data import (
     labels_of,
     length_of,
 )
-from .pruning import ADMMPruner, check_names, check_pattern
+from .pruning import ADMMPruner, chosen_weights
 from .pseudo_labels import with_clusters
 from .target_head import TargetHead
 from .terms import Reading, Terms, not_finite
@@ -249,9 +248,7 @@ class NTPTrainer(Trainer):
         check_fit(network, args, len(paired))
         shares = shares_of(args.target_weights, list(targets), "target_weights")
         self._target_shares = shares or [1 / len(targets)] * len(targets)
-        check_names(network, prune_include=args.prune_include, prune_exclude=args.prune_exclude)
-        self.prunable = prunable_weights(network, args.prune_include, args.prune_exclude, head_name)
-        check_pattern(self.prunable, args.prune_pattern)
+        self.prunable = chosen_weights(network, args, head_name)
         warn_of_frozen_layers(network, head_name)
         # Asked now: a folder may have moved when the record is written.
         self.base_model = hub_id(getattr(plain_model(network).config, "_name_or_path", None))
@@ -438,8 +435,7 @@ class NTPTrainer(Trainer):
         """Find what is pruned and looked at in a model that, or whose parameters, has been replaced."""
         self._head = find_head(self.model, self._head_name)[1]
         self._batch_norms = batch_norms(self.model)
-        include, exclude = self.args.prune_include, self.args.prune_exclude
-        self.prunable = prunable_weights(self.model, include, exclude, self._head_name)
+        self.prunable = chosen_weights(self.model, self.args, self._head_name)
 
     @contextmanager
     def _sharding(self) -> Iterator[None]:
