@@ -32,7 +32,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..models import (
-    blocks_of,
     changes,
     fixed_batch_norms,
     frozen_batch_norm_statistics,
@@ -143,7 +142,7 @@ class AttackerPool:
         head_name: Dotted name of its head, which is not attacked: the attackers have their own.
         head: That head.
         labels: Labels [N] of every unauthorized domain, by name.
-        options: Options that begin with ``attacker``.
+        options: Options that begin with ``attacker``; at least one attacker per domain.
         seed: Seed of all plans; the same on every rank.
         shares: Of the domains in the slots; equal by default.
     """
@@ -158,11 +157,6 @@ class AttackerPool:
         seed: int,
         shares: Sequence[float] | None = None,
     ) -> None:
-        if options.attackers < len(labels):
-            raise ValueError(
-                f"attackers is {options.attackers} for {len(labels)} unauthorized domains; needed: at least one for "
-                f"each. Set attackers={len(labels)} or more, or 0."
-            )
         self.model, self.head, self.options, self.seed = model, head, options, seed
         self.num_classes = {name: int(values.max()) + 1 for name, values in labels.items()}
         self._domains = slot_domains(list(labels), options.attackers, shares)
@@ -173,8 +167,6 @@ class AttackerPool:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and not name.startswith(f"{head_name}.")
         }
-        if options.attacker_informed:
-            blocks_of(model)  # before training rather than when the first attacker re-initialises one
         # The learning rate comes with every step.
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=torch.tensor(0.0), fused=True)
         self.push = [torch.zeros_like(weight) for weight in self.weights.values()]

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from ..models import blocks_of, has_batch_norm, layers_with_weights
+from ..models import blocks_of, has_batch_norm, has_head, layers_with_weights, plain_model, reconstructs
 from .config import NTPConfig
 
 logger = logging.getLogger(__name__)
@@ -45,16 +45,49 @@ def check_call(network: PreTrainedModel, source: Dataset) -> None:
         raise ValueError(f"{type(network).__name__} returns logits of shape {tuple(logits.shape)}; needed: [N, K].")
 
 
-def check_fit(network: PreTrainedModel, args: NTPConfig, rows: int) -> None:
-    """Raise ``ValueError`` for what would only fail amid training, or train nothing."""
+def matches_features(network: PreTrainedModel, args: NTPConfig) -> bool:
+    """Whether the features of authorized images are kept, not predictions.
+
+    Raises:
+        ValueError: If ``source_loss`` does not fit the model.
+    """
+    headless = not has_head(network, args.head_name)
+    if args.source_loss == "reconstruction" and not reconstructs(plain_model(network)):
+        raise ValueError(
+            f"source_loss is 'reconstruction' and the model is {type(plain_model(network)).__name__}; needed: a "
+            "masked autoencoder with its decoder, such as ViTMAEForPreTraining. Use source_loss='features'."
+        )
+    if args.source_loss == "labels" and headless:
+        raise ValueError(
+            "source_loss is 'labels' but the model has no classification head; needed: 'features' or 'auto'. To "
+            "train with labels, load the checkpoint with AutoModelForImageClassification and train its head first."
+        )
+    return headless if args.source_loss == "auto" else args.source_loss != "labels"
+
+
+def check_fit(network: PreTrainedModel, args: NTPConfig, rows: int, targets: int) -> None:
+    """Raise ``ValueError`` for what would only fail amid training, or train nothing.
+
+    Args:
+        network: What will be protected, with a head.
+        args: Configuration.
+        rows: Authorized images.
+        targets: Unauthorized domains.
+    """
     step = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and rows < step:
         raise ValueError(
             f"dataloader_drop_last is on and {rows} rows are no whole batch of {step}: no step would be taken; "
             "needed: as many rows as a batch has. Set it to False, or lower per_device_train_batch_size."
         )
-    if args.attackers and args.attacker_weight and args.attacker_informed:
-        blocks_of(network)
+    if args.attackers and args.attacker_weight:
+        if args.attackers < targets:
+            raise ValueError(
+                f"attackers is {args.attackers} for {targets} unauthorized domains; needed: at least one for each. "
+                f"Set attackers={targets} or more, or 0."
+            )
+        if args.attacker_informed:
+            blocks_of(network)
     if step == 1 and (args.fisher_weight or args.collapse_weight):
         raise ValueError(
             "a batch has one image of each domain, and the Fisher and collapse terms compare images; needed: two "

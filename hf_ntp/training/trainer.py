@@ -44,7 +44,6 @@ from ..models import (
     hub_id,
     load_model,
     plain_model,
-    reconstructs,
     recorded_features,
     scale_free_weights,
     separate_batch_norms,
@@ -58,7 +57,7 @@ from ..run_folder import remove, whole_model, writing
 from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
 from .checkpoint import RunState, check_settings, last_checkpoint, load_state, load_weights_strictly, save_state
-from .checks import check_call, check_fit, check_sizes, warn_of_frozen_layers
+from .checks import check_call, check_fit, check_sizes, matches_features, warn_of_frozen_layers
 from .config import NTPConfig
 from .distributed import check_processes, choose_units
 from .domains import Joined, check_task, classifies, held_out, shares_of, source_domain, target_domains
@@ -203,19 +202,7 @@ class NTPTrainer(Trainer):
         check_precision(network)
         network = with_head(network, args.head_name, args.encoder_name)
         self._headless = not has_head(network, args.head_name)
-        self._matches_features = args.source_loss in ("features", "reconstruction") or (
-            args.source_loss == "auto" and self._headless
-        )
-        if args.source_loss == "reconstruction" and not reconstructs(plain_model(network)):
-            raise ValueError(
-                f"source_loss is 'reconstruction' and the model is {type(plain_model(network)).__name__}; needed: a "
-                "masked autoencoder with its decoder, such as ViTMAEForPreTraining. Use source_loss='features'."
-            )
-        if self._headless and not self._matches_features:
-            raise ValueError(
-                "source_loss is 'labels' but the model has no classification head; needed: 'features' or 'auto'. To "
-                "train with labels, load the checkpoint with AutoModelForImageClassification and train its head first."
-            )
+        self._matches_features = matches_features(network, args)
         head_name, head = find_head(network, args.head_name)
         has_classes = not self._headless and classifies(network, head)
         if not self._matches_features:
@@ -245,7 +232,7 @@ class NTPTrainer(Trainer):
         check_sizes(source, targets)
         if not self._headless:
             check_call(network, source)
-        check_fit(network, args, len(paired))
+        check_fit(network, args, len(paired), len(targets))
         shares = shares_of(args.target_weights, list(targets), "target_weights")
         self._target_shares = shares or [1 / len(targets)] * len(targets)
         self.prunable = chosen_weights(network, args, head_name)

@@ -318,13 +318,6 @@ def test_chance_is_the_entropy_of_the_labels():
     assert pool.num_classes["target"] == 3
 
 
-def test_every_domain_needs_an_attacker():
-    model = tiny_vit()
-    name, head = find_head(model)
-    with pytest.raises(ValueError, match="attackers is 1 for 2 unauthorized domains"):
-        AttackerPool(model, name, head, {"a": np.arange(3), "b": np.arange(3)}, ProtectionArguments(attackers=1), 0)
-
-
 @pytest.mark.parametrize("make", [tiny_vit, tiny_resnet])
 def test_state_round_trip_continues_exactly(make):
     shares = {

@@ -743,6 +743,7 @@ def test_what_was_held_back_is_told_without_a_log(tmp_path, caplog):
     ("options", "message"),
     [
         ({"per_device_train_batch_size": 1, "fisher_weight": 1.0}, "a batch has one image of each domain"),
+        ({"target": {"a": Rows(), "b": Rows(seed=1)}, "attackers": 1}, "attackers is 1 for 2 unauthorized domains"),
         ({"target": Rows(image_size=4)}, "pixel_values have the shapes"),
         ({"target": {"source": Rows(image_size=4)}}, "pixel_values have the shapes"),
         ({"source": Rows(image_size=16), "target": Rows(image_size=16)}, "does not take pixel_values"),
