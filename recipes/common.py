@@ -302,11 +302,12 @@ def run(
     from hf_ntp.data import RandomShift
     from hf_ntp.evaluation.runner import check_seeds
     from hf_ntp.functional import check_sample_sizes
-    from hf_ntp.models import class_names, has_head, hub_id, load_model, plain_model
+    from hf_ntp.models import class_names, hub_id, load_model, plain_model
     from hf_ntp.publishing.card import NO_REPO
     from hf_ntp.publishing.report import build_record, build_results, write_report
     from hf_ntp.run_folder import Stopwatch, claim_run_folder, weight_digests, whole_folder
     from hf_ntp.training.checkpoint import last_checkpoint
+    from hf_ntp.training.checks import matches_features
 
     # Whatever is wrong with options or data shows here, before any training starts.
     protocol = hf_ntp.FineTuneProtocol(
@@ -326,8 +327,7 @@ def run(
     if names := class_names(model):
         loaded = loaded._replace(source=domains.in_order_of(names, loaded.source))
     domains.check_options(config, model, loaded)
-    classes = config.source_loss != "features" and has_head(model, config.head_name)
-    pixels = domains.as_pixels(loaded, processor, same_classes=classes)
+    pixels = domains.as_pixels(loaded, processor, same_classes=not matches_features(model, config))
     authorized = domains.part_of(pixels.source, "train")
     settings = {key: value for key, value in vars(recipe).items() if key not in _FREE} | config.fingerprint()
     # What lies under a name may be another thing tomorrow.

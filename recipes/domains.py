@@ -127,6 +127,8 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
     from transformers.integrations import get_reporting_integration_callbacks
 
     from hf_ntp.models import with_head
+    from hf_ntp.models.adapters import with_adapter
+    from hf_ntp.training.checks import check_fit, matches_features
     from hf_ntp.training.domains import NEIGHBOURHOOD, SOURCE, shares_of
     from hf_ntp.training.pruning import chosen_weights
 
@@ -134,7 +136,10 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
     shares_of(config.target_weights, targets, "target_weights")
     shares_of(config.source_weights, list(domains.source) if len(domains.source) > 1 else [SOURCE], "source_weights")
     # A copy: what has no part in an encoder's features, such as a decoder, is frozen for protection.
-    network = with_head(copy.deepcopy(model), config.head_name, config.encoder_name)
+    network, _ = with_adapter(copy.deepcopy(model), config.adapter, config.device)
+    network = with_head(network, config.head_name, config.encoder_name)
+    matches_features(network, config)
+    check_fit(network, config, sum(len(parts["train"]) for parts in domains.source.values()), len(targets))
     chosen_weights(network, config, config.head_name)
     for callback in get_reporting_integration_callbacks(config.report_to):
         callback()

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hf_ntp.recipes import ntp_attack
+from hf_ntp.recipes import ntp_attack, ntp_ssl, ntp_vit
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file
@@ -234,6 +234,36 @@ def test_several_domains_a_third_and_no_access(recipe, tmp_path):
 def test_bad_input_stops_before_any_training(recipe, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         recipe.main(["--output_dir", str(tmp_path / "run"), *QUICK, *options])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        (ntp_vit, "--source_loss reconstruction", "source_loss is 'reconstruction' and the model is ViTForImage"),
+        (ntp_ssl, "--source_loss labels", "source_loss is 'labels' but the model has no classification head"),
+        *(
+            (script, options, message)
+            for script in (ntp_vit, ntp_ssl)
+            for options, message in (
+                ("--adapter keep", "adapter is 'keep' and the model, ViT.*, carries no adapter"),
+                ("--per_device_train_batch_size 1", "a batch has one image of each domain"),
+                (
+                    "--source_dataset mnist syn --dataloader_drop_last true --per_device_train_batch_size 361",
+                    "360 rows are no whole batch of 361",
+                ),
+                ("--attackers 1 --target_dataset optdigits mnistm", "attackers is 1 for 2 unauthorized domains"),
+            )
+        ),
+    ],
+)
+def test_what_the_trainer_would_refuse_is_refused_before_the_model_is_pretrained(
+    script, options, message, tmp_path, monkeypatch
+):
+    """The folder is not claimed either: the same command, corrected, may use it."""
+    monkeypatch.setattr("hf_ntp.run_folder.claim_run_folder", lambda *args: pytest.fail("claimed"))
+    with pytest.raises(ValueError, match=message):
+        script.main(["--output_dir", str(tmp_path / "run"), *QUICK, *options.split()])
     assert not (tmp_path / "run").exists()
 
 
