@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hf_ntp.publishing.card import ARM_LABELS
+from hf_ntp.publishing.card import ARM_LABELS, MEASURES, attack_label
 
 from .score import UNITS
 
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
     from hf_ntp.functional import Interval
 
 ARMS = {"scratch": "training from scratch", **ARM_LABELS}
-ATTACKS = {"dense": "all weights tuned"}
-MEASURES = {
-    "classification": "classification accuracy",
-    "linear_probe": "accuracy of a linear probe",
-    "knn": "accuracy of nearest neighbours",
-}
 
 
 def note(text: str, kind: str = "info") -> str:
@@ -103,7 +97,7 @@ def attacks_table(measurement: Mapping[str, Any]) -> str:
         before, after = entry["unprotected"], entry["protected"]
         rows.append(
             [
-                _attack(name),
+                attack_label(name),
                 f"{before['normalized']:+.3f}" if before else "not measured",
                 f"{after['normalized']:+.3f}",
                 interval(after["ci"]["normalized"]),
@@ -111,13 +105,9 @@ def attacks_table(measurement: Mapping[str, Any]) -> str:
             ]
         )
     worst = measurement["worst_case"]
-    label = f"worst case: {_attack(worst['attack'])}"
+    label = f"worst case: {attack_label(worst['attack'])}"
     rows.append([label, "", f"{worst['slc_auc']:+.3f}", "", percent(worst["retained_transfer"])])
     return table(["attack", "unprotected", "protected", "95 % interval", "retained"], rows)
-
-
-def _attack(name: str) -> str:
-    return ATTACKS.get(name, name.replace("_", " "))
 
 
 def evidence(record: Mapping[str, Any]) -> str:

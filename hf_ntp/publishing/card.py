@@ -18,6 +18,12 @@ ARM_LABELS = {
     "protected_mask": "protected, mask kept",
     "protected_dense": "protected, all weights tuned",
 }
+MEASURES = {
+    "classification": "test accuracy",
+    "linear_probe": "accuracy of a linear probe",
+    "knn": "accuracy of nearest neighbours",
+}
+"""What a record's "measure" of the authorized domain is, as readers see it."""
 _ATTACK_LABELS = {
     "as_published": "used as published, without training",
     "mask_kept": "mask kept",
@@ -53,11 +59,6 @@ _ACCESS = {
     "unlabelled": "unauthorized images without labels (clusters stood for classes)",
     "none": "changed copies of the authorized images: the protection has seen nothing of the unauthorized domain",
 }
-_MEASURES = {
-    "classification": "test accuracy",
-    "linear_probe": "accuracy of a linear probe",
-    "knn": "accuracy of nearest neighbours",
-}
 # What stands before the lines that load the model.
 _DENSE = "Load it as any other model:\n\n```python"
 _COMPRESSED = (
@@ -86,7 +87,7 @@ def card_data(record: Mapping[str, Any], name: str) -> ModelCardData:
     evaluations = []
     accuracy = record["source_accuracy"]
     if accuracy is not None:
-        label = f"{_MEASURES[accuracy['measure']].capitalize()} (authorized)"
+        label = f"{MEASURES[accuracy['measure']].capitalize()} (authorized)"
         authorized = {domain["name"]: domain for domain in record["authorized_domains"]}
         single = [{"domain": record["authorized_domains"][0]["name"], "after": accuracy["after"]}]
         evaluations += [
@@ -167,7 +168,7 @@ def render_card(
         figures=list((figures or {}).items()),
         authorized=_names(record["authorized_domains"]),
         unauthorized=_names(record["unauthorized_domains"]),
-        measure=_MEASURES[record["source_accuracy"]["measure"]] if record["source_accuracy"] else "",
+        measure=MEASURES[record["source_accuracy"]["measure"]] if record["source_accuracy"] else "",
         disjoint=_disjoint(record),
         seen=_ACCESS[_access(record)],
         by_area=lambda attacks: sorted(attacks.items(), key=lambda item: -item[1]["protected"]["normalized"]),
