@@ -25,7 +25,6 @@ from benchmarks.strength.run import (
     Cell,
     arena,
     load,
-    percent,
     pretrain,
     protect,
     rounded,
@@ -34,6 +33,7 @@ from benchmarks.strength.run import (
     write_results,
 )
 from hf_ntp.evaluation.suite import run_attacks
+from hf_ntp.publishing.wording import percent
 
 HERE = Path(__file__).parent
 ARCHITECTURE = "vit"

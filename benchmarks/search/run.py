@@ -34,7 +34,6 @@ from benchmarks.strength.run import (
     ARCHITECTURES,
     Cell,
     load,
-    percent,
     pretrain,
     protect,
     rounded,
@@ -43,6 +42,7 @@ from benchmarks.strength.run import (
 )
 from benchmarks.strength.run import sparsity as sparsity_of
 from hf_ntp.evaluation.suite import run_attacks
+from hf_ntp.publishing.wording import percent
 
 HERE = Path(__file__).parent
 ATTACKS = ("dense", "mask_kept", "first_block_reinit", "source_all_kept", "source_all_new")

@@ -32,7 +32,6 @@ from benchmarks.strength.run import (
     OWNER_FRACTION,
     Cell,
     load,
-    percent,
     protect,
     rounded,
     save,
@@ -43,6 +42,7 @@ from hf_ntp.evaluation.cache import FIT_VERSION
 from hf_ntp.evaluation.suite import run_attacks
 from hf_ntp.evaluation.utility import source_utility
 from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
+from hf_ntp.publishing.wording import percent
 from hf_ntp.training.arguments import ProtectionArguments
 from hf_ntp.training.self_supervised import pretrain, small_encoder
 

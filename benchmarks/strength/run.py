@@ -36,6 +36,7 @@ from hf_ntp.evaluation.runner import RETUNE_MARGIN, accuracy_of
 from hf_ntp.evaluation.suite import run_attacks
 from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
 from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
+from hf_ntp.publishing.wording import percent
 from hf_ntp.run_folder import whole_file, whole_folder
 from hf_ntp.training.arguments import PRESETS, ProtectionArguments
 from hf_ntp.training.checkpoint import last_checkpoint
@@ -337,11 +338,6 @@ def table(results: dict[str, Any]) -> str:
             f"{accuracy['paper']:.3f}",
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def percent(share: float | None) -> str:
-    """Share as a percentage."""
-    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

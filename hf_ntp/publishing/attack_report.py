@@ -8,6 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .wording import interval, percent
+
 _BROKEN, _HELD, _UNPROTECTED = "#d1495b", "#00798c", "#9a9a9a"
 
 
@@ -36,7 +38,7 @@ def attacks_table(results: Mapping[str, Any]) -> str:
             f"{worst['unprotected']['slc_auc']:+.3f}" if unprotected else "",
             f"{worst['protected']['slc_auc']:+.3f}",
             "",
-            _percent(worst["protected"]["retained_transfer"]),
+            percent(worst["protected"]["retained_transfer"]),
             "",
             *(
                 f"{worst[start]['slc_auc']:+.3f}" if results["starts"][start].keys() >= protected.keys() else ""
@@ -55,13 +57,13 @@ def attacks_table(results: Mapping[str, Any]) -> str:
 def _row(name: str, title: str, results: Mapping[str, Any], controls: Sequence[str]) -> list[str]:
     starts = results["starts"]
     entry = starts["protected"][name]
-    (low, high), edge = entry["ci"]["normalized"], entry["at_edge"]
+    edge = entry["at_edge"]
     return [
         title,
         _area(starts.get("unprotected", {}).get(name)),
         _area(entry),
-        f"[{low:+.3f}, {high:+.3f}]" if low is not None else "",
-        _percent(results["retained_transfer"]["protected"][name]),
+        interval(entry["ci"]["normalized"]),
+        percent(results["retained_transfer"]["protected"][name]),
         f"{edge} of {len(results['sample_sizes']) * len(results['seeds'])}" if edge else "",
         *(_area(starts.get(start, {}).get(name)) for start in controls),
     ]
@@ -69,10 +71,6 @@ def _row(name: str, title: str, results: Mapping[str, Any], controls: Sequence[s
 
 def _area(entry: Mapping[str, Any] | None) -> str:
     return "" if entry is None else f"{entry['normalized']:+.3f}"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def plot_attacks(results: Mapping[str, Any], path: str | Path, title: str = "") -> None:
@@ -100,7 +98,7 @@ def plot_attacks(results: Mapping[str, Any], path: str | Path, title: str = "") 
         share = results["retained_transfer"]["protected"][name]
         if share is not None:
             axes.annotate(
-                _percent(share), (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=color
+                percent(share), (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=color
             )
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=9)
     axes.set_xlabel(

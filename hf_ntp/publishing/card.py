@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .wording import interval, percent
 
 CARD_FILE = "README.md"
 NO_REPO = "path/to/this/folder"
@@ -174,9 +177,9 @@ def render_card(
         by_area=lambda attacks: sorted(attacks.items(), key=lambda item: -item[1]["protected"]["normalized"]),
         label=attack_label,
         percent=lambda value: f"{100 * value:.1f} %",
-        share=lambda value: "" if value is None else f"{100 * value:.0f} %",
+        share=percent,
         signed=lambda value: f"{value:+.3f}",
-        interval=lambda bounds: "one seed" if bounds[0] is None else f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]",
+        interval=partial(interval, none="one seed"),
     )
 
 

@@ -33,6 +33,7 @@ from .figure import plot_learning_curves
 from .record import SCHEMA_VERSION, SIGNATURE_FILE, encode_record, read_record, write_record
 from .strict_json import strict_json
 from .verify import verify_folder
+from .wording import interval, percent
 
 RESULTS_FILE = "results.json"
 
@@ -420,18 +421,17 @@ def _curves_table(kind: str, found: Mapping[str, Any]) -> list[str]:
         means = [sum(column) / len(column) for column in zip(*accuracies, strict=True)]
         area = found["slc_auc"].get(arm)
         share = found["retained_transfer"].get(arm.removeprefix("protected_"))
-        bounds = area["ci"]["normalized"] if area else [None]
         lines.append(
             _row(
                 ARM_LABELS.get(arm, arm),
                 [f"{mean:.3f}" for mean in means],
                 f"{area['normalized']:+.3f}" if area else "",
-                "[{:+.3f}, {:+.3f}]".format(*bounds) if bounds[0] is not None else "",
-                f"{100 * share:.0f} %" if share is not None else "",
+                interval(area["ci"]["normalized"]) if area else "",
+                percent(share),
             )
         )
     return lines
 
 
-def _row(label: str, cells: Sequence[str], area: str, interval: str, share: str) -> str:
-    return f"{label:<30}" + "".join(f"{cell:>8}" for cell in cells) + f"{area:>10}{interval:>18}{share:>10}"
+def _row(label: str, cells: Sequence[str], area: str, bounds: str, share: str) -> str:
+    return f"{label:<30}" + "".join(f"{cell:>8}" for cell in cells) + f"{area:>10}{bounds:>18}{share:>10}"
