@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .wording import interval, percent
+from .wording import interval, markdown_table, percent
 
 _BROKEN, _HELD, _UNPROTECTED = "#d1495b", "#00798c", "#9a9a9a"
 
@@ -27,10 +27,8 @@ def attacks_table(results: Mapping[str, Any]) -> str:
     protected, unprotected = results["starts"]["protected"], results["starts"].get("unprotected", {})
     controls = [start for start in results["starts"] if start not in ("protected", "unprotected")]
     head = ["attack", "unprotected", "protected", "95 % interval", "retained", "at edge", *controls]
-    rows = [head, ["---", *("---:" for _ in head[1:])]]
-    rows += [
-        _row(name, name, results, controls) for name in sorted(protected, key=lambda n: -protected[n]["normalized"])
-    ]
+    by_area = sorted(protected, key=lambda name: -protected[name]["normalized"])
+    rows = [head, *(_row(name, name, results, controls) for name in by_area)]
     worst = results["worst_case"]
     rows.append(
         [
@@ -51,7 +49,7 @@ def attacks_table(results: Mapping[str, Any]) -> str:
             _row(name, f"third domain {third['name']}: {name}", third, controls)
             for name in third["starts"]["protected"]
         ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(rows)
 
 
 def _row(name: str, title: str, results: Mapping[str, Any], controls: Sequence[str]) -> list[str]:

@@ -1,8 +1,8 @@
-"""How numbers are written, on cards, in tables and on the Space. Needs no torch."""
+"""How numbers are written on cards, in tables and on the Space. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import isnan
 
 
@@ -28,3 +28,15 @@ def interval(bounds: Sequence[float | None], none: str = "", digits: int = 3) ->
     if low is None or high is None or isnan(low):
         return none
     return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def markdown_table(rows: Sequence[Sequence[str]], text: Collection[int] = (0,)) -> str:
+    """Write a table in Markdown, its numbers aligned right.
+
+    Args:
+        rows: Cells, the head first.
+        text: Columns that hold text and no numbers, counted from 0.
+    """
+    head, *body = rows
+    alignment = ["---" if column in text else "---:" for column in range(len(head))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, alignment, *body))
