@@ -36,7 +36,8 @@ def matrices(model):
 def write_protected(folder):
     from hf_ntp import DomainReference, FineTuneProtocol, LearningCurves
     from hf_ntp.evaluation.measure import Measurement, ScratchConvergence, SourceAccuracy, SparsityReport
-    from hf_ntp.publishing.report import build_record, build_results, write_report
+    from hf_ntp.publishing.report import build_record, write_report
+    from hf_ntp.publishing.results import build_results
 
     model = write_model(folder, 1)
     layers = {
