@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .wording import interval, percent
+from .wording import domain_names, interval, percent
 
 CARD_FILE = "README.md"
 NO_REPO = "path/to/this/folder"
@@ -169,8 +169,8 @@ def render_card(
         repo_id=repo_id,
         loading=_COMPRESSED if compressed else _DENSE,
         figures=list((figures or {}).items()),
-        authorized=_names(record["authorized_domains"]),
-        unauthorized=_names(record["unauthorized_domains"]),
+        authorized=domain_names(record["authorized_domains"]),
+        unauthorized=domain_names(record["unauthorized_domains"]),
         measure=MEASURES[record["source_accuracy"]["measure"]] if record["source_accuracy"] else "",
         disjoint=_disjoint(record),
         seen=_ACCESS[_access(record)],
@@ -185,10 +185,6 @@ def render_card(
 
 def _classifies(record: Mapping[str, Any]) -> bool:
     return record["architecture"].endswith("ForImageClassification")
-
-
-def _names(domains: Sequence[Mapping[str, Any]]) -> str:
-    return " and ".join(domain["name"] for domain in domains)
 
 
 def _access(record: Mapping[str, Any]) -> str:

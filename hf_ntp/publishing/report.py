@@ -24,6 +24,7 @@ from .record import SCHEMA_VERSION, SIGNATURE_FILE, encode_record, read_record, 
 from .results import RESULTS_FILE, read_results
 from .strict_json import strict_json
 from .verify import verify_folder
+from .wording import domain_names
 
 CURVES_FIGURE = "slc.png"
 _ENVIRONMENT = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "scikit-learn")
@@ -56,7 +57,7 @@ def build_record(
         terms: What the owner allows, in words; by default what the domains say.
         third: Domain of the results' "third".
     """
-    authorized, unauthorized = (" and ".join(domain.name for domain in side) for side in (source, target))
+    authorized, unauthorized = ([domain.for_record() for domain in side] for side in (source, target))
     evidence = standard_evidence(results)
     record = {
         "schema_version": SCHEMA_VERSION,
@@ -64,12 +65,13 @@ def build_record(
         "environment": {"python": python_version(), **{name: version(name) for name in _ENVIRONMENT}},
         "architecture": architecture,
         "base_model": dict(base_model),
-        "authorized_domains": [domain.for_record() for domain in source],
-        "unauthorized_domains": [domain.for_record() for domain in target],
+        "authorized_domains": authorized,
+        "unauthorized_domains": unauthorized,
         "terms": {
             "license": license,
             "text": terms
-            or f"Use on {authorized} is authorized. Use on {unauthorized} is not, neither as it is nor fine-tuned.",
+            or f"Use on {domain_names(authorized)} is authorized. Use on {domain_names(unauthorized)} is not, "
+            "neither as it is nor fine-tuned.",
         },
         "method": {"name": "non-transferable-pruning", "settings": dict(settings)},
         "sparsity": asdict(sparsity),
@@ -104,8 +106,7 @@ def write_report(
     if results is not None:
         _write_json(folder / RESULTS_FILE, results)
         plot_learning_curves(results, folder / CURVES_FIGURE)
-        domains = " and ".join(domain["name"] for domain in record["unauthorized_domains"])
-        figures[CURVES_FIGURE] = f"Learning curves on {domains}"
+        figures[CURVES_FIGURE] = f"Learning curves on {domain_names(record['unauthorized_domains'])}"
     names = suite_files(record)
     for domain, suite in (attacks or {}).items():
         file, figure = names[domain]

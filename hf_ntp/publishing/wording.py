@@ -1,9 +1,10 @@
-"""How numbers are written on cards, in tables and on the Space. Needs no torch."""
+"""How numbers and names are written on cards, in tables and on the Space. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import isnan
+from typing import Any
 
 
 def percent(share: float | None, none: str = "") -> str:
@@ -28,6 +29,15 @@ def interval(bounds: Sequence[float | None], none: str = "", digits: int = 3) ->
     if low is None or high is None or isnan(low):
         return none
     return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def domain_names(domains: Iterable[Mapping[str, Any]]) -> str:
+    """Name domains in a sentence.
+
+    Args:
+        domains: As a record has them.
+    """
+    return " and ".join(domain["name"] for domain in domains)
 
 
 def markdown_table(rows: Sequence[Sequence[str]], text: Collection[int] = (0,)) -> str:
