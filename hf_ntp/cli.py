@@ -171,6 +171,7 @@ def _read(folder: str) -> dict[str, Any]:
 
 def _show_record(record: dict[str, Any]) -> str:
     from .publishing.card import attack_label
+    from .publishing.wording import percent
 
     lines = [f"{'terms':<16}{line}" for line in record["terms"]["text"].splitlines()]
     for word, side in (("authorized", "authorized_domains"), ("NOT authorized", "unauthorized_domains")):
@@ -183,7 +184,7 @@ def _show_record(record: dict[str, Any]) -> str:
     for measurement in record["evidence"]:
         worst = measurement["worst_case"]
         share = worst["retained_transfer"]
-        retained = "" if share is None else f", {100 * share:.0f} % of the best before protection"
+        retained = "" if share is None else f", {percent(share)} of the best before protection"
         lines.append(
             f"{'worst attack':<16}{attack_label(worst['attack'])} on {measurement['domain']}: SLC-AUC "
             f"{worst['slc_auc']:+.3f} (normalized){retained}; {len(measurement['attacks'])} attacks measured"

@@ -271,7 +271,7 @@ def _warn_of_ignored(recipe: RecipeArguments, folder: Path) -> None:
 
 def show(run: Path) -> dict[str, Any]:
     """Print and return the results of a finished run."""
-    from hf_ntp.publishing.report import read_results, results_table
+    from hf_ntp.publishing.results import read_results, results_table
 
     results = read_results(run / "protected")
     print(f"\n{results_table(results)}\n\nThe protected model is in {run / 'protected'}")
@@ -304,7 +304,8 @@ def run(
     from hf_ntp.functional import check_sample_sizes
     from hf_ntp.models import class_names, hub_id, load_model, plain_model
     from hf_ntp.publishing.card import NO_REPO
-    from hf_ntp.publishing.report import build_record, build_results, write_report
+    from hf_ntp.publishing.report import build_record, write_report
+    from hf_ntp.publishing.results import build_results
     from hf_ntp.run_folder import Stopwatch, claim_run_folder, weight_digests, whole_folder
     from hf_ntp.training.checkpoint import last_checkpoint
     from hf_ntp.training.checks import matches_features

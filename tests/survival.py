@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants
 from transformers import TrainerCallback
 
-from hf_ntp import AttackData, FineTuneProtocol, sample_wise_learning_curves
+from hf_ntp import FineTuneProtocol, sample_wise_learning_curves
 from hf_ntp.evaluation.arms import Arm
 from hf_ntp.evaluation.cache import ResultCache
 from hf_ntp.publishing.hub import push_folder
@@ -24,7 +24,7 @@ from hf_ntp.publishing.record import write_record
 from hf_ntp.run_folder import claim_run_folder, whole_folder
 
 from .conftest import tiny_vit
-from .evaluation.conftest import pixels
+from .evaluation.conftest import attack_data
 from .hub_server import OWNER
 from .publishing.folders import make_folder, minimal_record
 from .training.test_trainer import trainer
@@ -104,7 +104,7 @@ def sweep(folder):
     if not start.exists():
         with whole_folder(start) as staged:
             tiny_vit().save_pretrained(staged)
-    data = AttackData(pixels(24, 0), pixels(12, 1), pixels(12, 2))
+    data = attack_data()
     protocol = FineTuneProtocol(steps=3, batch_size=4, learning_rates=(1e-3, 1e-2), warmup_steps=0)
     arms = [Arm("dense", str(start)), Arm("scratch", str(start), random_init=True)]
     curves = sample_wise_learning_curves(arms, data, [6, 12], [0, 1], protocol, folder / "fits", jobs=1)

@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from hf_ntp.evaluation.cache import ResultCache
 from hf_ntp.publishing.errors import RecordError
 from hf_ntp.publishing.record import validate_record
-from hf_ntp.publishing.report import read_results
+from hf_ntp.publishing.results import read_results
 from hf_ntp.publishing.strict_json import strict_json
 from hf_ntp.run_folder import RUN_FILE, Stopwatch, claim_run_folder
 from hf_ntp.training.arguments import ProtectionArguments

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hf_ntp.publishing.card import ARM_LABELS
+from hf_ntp.publishing.card import ARM_LABELS, MEASURES, attack_label
+from hf_ntp.publishing.wording import interval, percent
 
 from .score import UNITS
 
@@ -24,12 +25,9 @@ if TYPE_CHECKING:
     from hf_ntp.functional import Interval
 
 ARMS = {"scratch": "training from scratch", **ARM_LABELS}
-ATTACKS = {"dense": "all weights tuned"}
-MEASURES = {
-    "classification": "classification accuracy",
-    "linear_probe": "accuracy of a linear probe",
-    "knn": "accuracy of nearest neighbours",
-}
+# What stands where there is no interval, or no share.
+ONE_SEED = "one seed"
+NOTHING_RETAINED = "no transfer to retain"
 
 
 def note(text: str, kind: str = "info") -> str:
@@ -90,7 +88,8 @@ def curves_table(results: Mapping[str, Any]) -> str:
         means = [f"{fmean(column):.3f}" for column in zip(*accuracies, strict=True)]
         area = areas.get(arm)
         scores = [f"{area[unit]:+.3f}" for unit in UNITS] if area else [""] * len(UNITS)
-        rows.append([ARMS.get(arm, arm), *means, *scores, interval(area["ci"]["normalized"]) if area else ""])
+        bounds = interval(area["ci"]["normalized"], ONE_SEED) if area else ""
+        rows.append([ARMS.get(arm, arm), *means, *scores, bounds])
     return table(head, rows)
 
 
@@ -103,21 +102,17 @@ def attacks_table(measurement: Mapping[str, Any]) -> str:
         before, after = entry["unprotected"], entry["protected"]
         rows.append(
             [
-                _attack(name),
+                attack_label(name),
                 f"{before['normalized']:+.3f}" if before else "not measured",
                 f"{after['normalized']:+.3f}",
-                interval(after["ci"]["normalized"]),
-                percent(entry["retained_transfer"]),
+                interval(after["ci"]["normalized"], ONE_SEED),
+                percent(entry["retained_transfer"], NOTHING_RETAINED),
             ]
         )
     worst = measurement["worst_case"]
-    label = f"worst case: {_attack(worst['attack'])}"
-    rows.append([label, "", f"{worst['slc_auc']:+.3f}", "", percent(worst["retained_transfer"])])
+    label = f"worst case: {attack_label(worst['attack'])}"
+    rows.append([label, "", f"{worst['slc_auc']:+.3f}", "", percent(worst["retained_transfer"], NOTHING_RETAINED)])
     return table(["attack", "unprotected", "protected", "95 % interval", "retained"], rows)
-
-
-def _attack(name: str) -> str:
-    return ATTACKS.get(name, name.replace("_", " "))
 
 
 def evidence(record: Mapping[str, Any]) -> str:
@@ -214,7 +209,7 @@ def summary_line(record: Mapping[str, Any]) -> str:
 
 def scores_table(scores: Mapping[str, Interval]) -> str:
     """SLC-AUC in all units, as :func:`~ntp_space.score.score` returns it."""
-    rows = [[unit, f"{area.mean:+.4f}", interval((area.low, area.high), 4)] for unit, area in scores.items()]
+    rows = [[unit, f"{area.mean:+.4f}", interval((area.low, area.high), ONE_SEED, 4)] for unit, area in scores.items()]
     meanings = "; ".join(f"{unit}: {meaning}" for unit, meaning in UNITS.items())
     return f"{table(['unit', 'SLC-AUC', '95 % interval'], rows)}<p>{escape(meanings)}.</p>"
 
@@ -234,19 +229,6 @@ def verdict(area: Interval) -> str:
     return (
         f"Averaged over the sizes, the checkpoint reaches {value} {more} accuracy than training from scratch; {sure}."
     )
-
-
-def interval(bounds: Sequence[float | None], digits: int = 3) -> str:
-    """Write an interval, or say that one seed gives none."""
-    low, high = bounds
-    if low is None or high is None or low != low:
-        return "one seed"
-    return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
-def percent(share: float | None) -> str:
-    """Write a share of transfer, or say that there was none to retain."""
-    return "no transfer to retain" if share is None else f"{100 * share:.0f} %"
 
 
 def _names(domains: Sequence[Mapping[str, Any]]) -> str:

@@ -25,7 +25,6 @@ from benchmarks.strength.run import (
     Cell,
     arena,
     load,
-    percent,
     pretrain,
     protect,
     rounded,
@@ -34,6 +33,7 @@ from benchmarks.strength.run import (
     write_results,
 )
 from hf_ntp.evaluation.suite import run_attacks
+from hf_ntp.publishing.wording import markdown_table, percent
 
 HERE = Path(__file__).parent
 ARCHITECTURE = "vit"
@@ -107,16 +107,16 @@ def table(results: dict[str, Any]) -> str:
     """One row per pair, protection seed and access; SLC-AUC normalized."""
     head = ["pair", "seed", "access", "source before", "after", "unprotected", *ATTACKS, "dense retained"]
     head += [f"of the labelled protection, {attack}" for attack in ATTACKS]
-    lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
+    rows = [head]
     for key, run in results.items():
         pair, _, seed = key.partition("/seed ")
         for access, row in rows_of(run).items():
-            lines.append([
+            rows.append([
                 pair, seed, access, *(f"{value:.3f}" for value in row["source"]), f"{row['unprotected']:+.3f}",
                 *(f"{row['areas'][attack]:+.3f}" for attack in ATTACKS), percent(row["retained"]),
                 *(percent(row["kept"][attack]) for attack in ATTACKS),
             ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(rows, text=range(3))
 
 
 def digest_of(cell: Cell) -> str:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from benchmarks.cost import measurements
+from hf_ntp.publishing.wording import markdown_table
 
 STEP_BARS = {**dict.fromkeys(measurements.SMALL, "<= 1.10"), measurements.VIT_B: "<= 1.05"}
 
@@ -152,12 +153,12 @@ ROWS: dict[str, Callable[[Any], list[tuple[str, str, str]]]] = {
 
 def table(results: dict[str, Any], with_bar: bool = False) -> str:
     """Everything that was measured, or only what there is a bar for."""
-    rows = [("measured", "found", "bar"), ("---", "---", "---")]
+    rows = [("measured", "found", "bar")]
     for name, rows_of in ROWS.items():
         place = f", on one {results['gpu']}" if name.startswith("gpu_") and name in results else ""
         found = rows_of(results[name]) if name in results else []
         rows += [(f"{what}{place}", value, bar) for what, value, bar in found if bar or not with_bar]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(rows, text=range(3))
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

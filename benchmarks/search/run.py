@@ -34,7 +34,6 @@ from benchmarks.strength.run import (
     ARCHITECTURES,
     Cell,
     load,
-    percent,
     pretrain,
     protect,
     rounded,
@@ -43,6 +42,7 @@ from benchmarks.strength.run import (
 )
 from benchmarks.strength.run import sparsity as sparsity_of
 from hf_ntp.evaluation.suite import run_attacks
+from hf_ntp.publishing.wording import markdown_table, percent
 
 HERE = Path(__file__).parent
 ATTACKS = ("dense", "mask_kept", "first_block_reinit", "source_all_kept", "source_all_new")
@@ -114,14 +114,14 @@ def measure(cell: Cell, options: dict[str, Any], seed: int, work: Path, folder: 
 def table(results: dict[str, Any]) -> str:
     """One row per run: source accuracy, and normalized SLC-AUC of the attacks (validation data)."""
     head = ["run", "source before", "after", "sparsity", "unprotected", *ATTACKS, "dense retained", "seconds"]
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    rows = [head]
     for name, run in results.items():
         accuracies = [f"{value:.3f}" for value in (*run["source_accuracy"], run["sparsity"])]
         # Older entries have fewer attacks.
         areas = [run["unprotected"], *(run["areas"].get(attack) for attack in ATTACKS)]
         cells = ["" if area is None else f"{area:+.3f}" for area in areas]
         rows.append([name, *accuracies, *cells, percent(run["dense_retained"]), f"{run['seconds']:.0f}"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(rows)
 
 
 def parse(argv: list[str]) -> Namespace:

@@ -32,7 +32,6 @@ from benchmarks.strength.run import (
     OWNER_FRACTION,
     Cell,
     load,
-    percent,
     protect,
     rounded,
     save,
@@ -43,6 +42,7 @@ from hf_ntp.evaluation.cache import FIT_VERSION
 from hf_ntp.evaluation.suite import run_attacks
 from hf_ntp.evaluation.utility import source_utility
 from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
+from hf_ntp.publishing.wording import markdown_table, percent
 from hf_ntp.training.arguments import ProtectionArguments
 from hf_ntp.training.self_supervised import pretrain, small_encoder
 
@@ -154,7 +154,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """One row per method and pair: means over the seeds, SLC-AUC in decades with the single seeds behind it."""
     head = ["encoder", "seeds", "linear probe", "k-NN", "unprotected", *ATTACKS, "retained", "bars missed"]
-    rows = [head, ["---"] * 2 + ["---:"] * (len(head) - 3) + ["---"]]
+    rows = [head]
     cells: dict[str, list[dict[str, Any]]] = {}
     for name, run in results["runs"].items():
         cells.setdefault(name.rpartition("/")[0], []).append(run)
@@ -170,7 +170,7 @@ def table(results: dict[str, Any]) -> str:
             areas.append(f"{area:+.3f} ({single})")
         missed = ", ".join(bar for bar, reached in found["bars"].items() if not reached) or "none"
         rows.append([name, str(found["seeds"]), *kept, *areas, percent(found["retained"]), missed])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(rows, text=(0, 1, len(head) - 1))
 
 
 def parse(argv: list[str]) -> Namespace:

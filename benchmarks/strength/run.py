@@ -37,6 +37,7 @@ from hf_ntp.evaluation.runner import RETUNE_MARGIN, accuracy_of
 from hf_ntp.evaluation.suite import run_attacks
 from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
 from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
+from hf_ntp.publishing.wording import markdown_table, percent
 from hf_ntp.run_folder import whole_file, whole_folder
 from hf_ntp.training.arguments import PRESETS, ProtectionArguments
 from hf_ntp.training.checkpoint import last_checkpoint
@@ -318,7 +319,7 @@ def table(results: dict[str, Any]) -> str:
         *(f"paper: {name}" for name in PAPER_ATTACKS),
         "paper: source",
     ]
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    rows = [head]
     for name, cell in results["cells"].items():
         protected = cell["adaptive"]["starts"]["protected"]
         retained, worst = (
@@ -338,12 +339,7 @@ def table(results: dict[str, Any]) -> str:
             *(f"{cell['paper']['starts']['protected'][key]['decades']:+.3f}" for key in PAPER_ATTACKS),
             f"{accuracy['paper']:.3f}",
         ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def percent(share: float | None) -> str:
-    """Share as a percentage."""
-    return "" if share is None else f"{100 * share:.0f} %"
+    return markdown_table(rows)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .wording import interval, markdown_table, percent
+
 _BROKEN, _HELD, _UNPROTECTED = "#d1495b", "#00798c", "#9a9a9a"
 
 
@@ -25,10 +27,8 @@ def attacks_table(results: Mapping[str, Any]) -> str:
     protected, unprotected = results["starts"]["protected"], results["starts"].get("unprotected", {})
     controls = [start for start in results["starts"] if start not in ("protected", "unprotected")]
     head = ["attack", "unprotected", "protected", "95 % interval", "retained", "at edge", *controls]
-    rows = [head, ["---", *("---:" for _ in head[1:])]]
-    rows += [
-        _row(name, name, results, controls) for name in sorted(protected, key=lambda n: -protected[n]["normalized"])
-    ]
+    by_area = sorted(protected, key=lambda name: -protected[name]["normalized"])
+    rows = [head, *(_row(name, name, results, controls) for name in by_area)]
     worst = results["worst_case"]
     rows.append(
         [
@@ -36,7 +36,7 @@ def attacks_table(results: Mapping[str, Any]) -> str:
             f"{worst['unprotected']['slc_auc']:+.3f}" if unprotected else "",
             f"{worst['protected']['slc_auc']:+.3f}",
             "",
-            _percent(worst["protected"]["retained_transfer"]),
+            percent(worst["protected"]["retained_transfer"]),
             "",
             *(
                 f"{worst[start]['slc_auc']:+.3f}" if results["starts"][start].keys() >= protected.keys() else ""
@@ -49,19 +49,19 @@ def attacks_table(results: Mapping[str, Any]) -> str:
             _row(name, f"third domain {third['name']}: {name}", third, controls)
             for name in third["starts"]["protected"]
         ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(rows)
 
 
 def _row(name: str, title: str, results: Mapping[str, Any], controls: Sequence[str]) -> list[str]:
     starts = results["starts"]
     entry = starts["protected"][name]
-    (low, high), edge = entry["ci"]["normalized"], entry["at_edge"]
+    edge = entry["at_edge"]
     return [
         title,
         _area(starts.get("unprotected", {}).get(name)),
         _area(entry),
-        f"[{low:+.3f}, {high:+.3f}]" if low is not None else "",
-        _percent(results["retained_transfer"]["protected"][name]),
+        interval(entry["ci"]["normalized"]),
+        percent(results["retained_transfer"]["protected"][name]),
         f"{edge} of {len(results['sample_sizes']) * len(results['seeds'])}" if edge else "",
         *(_area(starts.get(start, {}).get(name)) for start in controls),
     ]
@@ -69,10 +69,6 @@ def _row(name: str, title: str, results: Mapping[str, Any], controls: Sequence[s
 
 def _area(entry: Mapping[str, Any] | None) -> str:
     return "" if entry is None else f"{entry['normalized']:+.3f}"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def plot_attacks(results: Mapping[str, Any], path: str | Path, title: str = "") -> None:
@@ -100,7 +96,7 @@ def plot_attacks(results: Mapping[str, Any], path: str | Path, title: str = "") 
         share = results["retained_transfer"]["protected"][name]
         if share is not None:
             axes.annotate(
-                _percent(share), (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=color
+                percent(share), (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=color
             )
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=9)
     axes.set_xlabel(

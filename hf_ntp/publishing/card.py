@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .wording import domain_names, interval, percent
 
 CARD_FILE = "README.md"
 NO_REPO = "path/to/this/folder"
@@ -18,6 +21,12 @@ ARM_LABELS = {
     "protected_mask": "protected, mask kept",
     "protected_dense": "protected, all weights tuned",
 }
+MEASURES = {
+    "classification": "test accuracy",
+    "linear_probe": "accuracy of a linear probe",
+    "knn": "accuracy of nearest neighbours",
+}
+"""What a record's "measure" of the authorized domain is, as readers see it."""
 _ATTACK_LABELS = {
     "as_published": "used as published, without training",
     "mask_kept": "mask kept",
@@ -53,11 +62,6 @@ _ACCESS = {
     "unlabelled": "unauthorized images without labels (clusters stood for classes)",
     "none": "changed copies of the authorized images: the protection has seen nothing of the unauthorized domain",
 }
-_MEASURES = {
-    "classification": "test accuracy",
-    "linear_probe": "accuracy of a linear probe",
-    "knn": "accuracy of nearest neighbours",
-}
 # What stands before the lines that load the model.
 _DENSE = "Load it as any other model:\n\n```python"
 _COMPRESSED = (
@@ -86,7 +90,7 @@ def card_data(record: Mapping[str, Any], name: str) -> ModelCardData:
     evaluations = []
     accuracy = record["source_accuracy"]
     if accuracy is not None:
-        label = f"{_MEASURES[accuracy['measure']].capitalize()} (authorized)"
+        label = f"{MEASURES[accuracy['measure']].capitalize()} (authorized)"
         authorized = {domain["name"]: domain for domain in record["authorized_domains"]}
         single = [{"domain": record["authorized_domains"][0]["name"], "after": accuracy["after"]}]
         evaluations += [
@@ -165,26 +169,22 @@ def render_card(
         repo_id=repo_id,
         loading=_COMPRESSED if compressed else _DENSE,
         figures=list((figures or {}).items()),
-        authorized=_names(record["authorized_domains"]),
-        unauthorized=_names(record["unauthorized_domains"]),
-        measure=_MEASURES[record["source_accuracy"]["measure"]] if record["source_accuracy"] else "",
+        authorized=domain_names(record["authorized_domains"]),
+        unauthorized=domain_names(record["unauthorized_domains"]),
+        measure=MEASURES[record["source_accuracy"]["measure"]] if record["source_accuracy"] else "",
         disjoint=_disjoint(record),
         seen=_ACCESS[_access(record)],
         by_area=lambda attacks: sorted(attacks.items(), key=lambda item: -item[1]["protected"]["normalized"]),
         label=attack_label,
         percent=lambda value: f"{100 * value:.1f} %",
-        share=lambda value: "" if value is None else f"{100 * value:.0f} %",
+        share=percent,
         signed=lambda value: f"{value:+.3f}",
-        interval=lambda bounds: "one seed" if bounds[0] is None else f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]",
+        interval=partial(interval, none="one seed"),
     )
 
 
 def _classifies(record: Mapping[str, Any]) -> bool:
     return record["architecture"].endswith("ForImageClassification")
-
-
-def _names(domains: Sequence[Mapping[str, Any]]) -> str:
-    return " and ".join(domain["name"] for domain in domains)
 
 
 def _access(record: Mapping[str, Any]) -> str:

@@ -10,13 +10,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .card import ARM_LABELS
 from .evidence import measured_sources, measured_targets
 
+_LABELS = {"scratch": "from scratch", **ARM_LABELS}
+# Colour, line and marker.
 _STYLES = {
-    "scratch": ("from scratch", "#555555", "--", "s"),
-    "unprotected": ("unprotected", "#d1495b", "-", "o"),
-    "protected_mask": ("protected, mask kept", "#00798c", "-", "v"),
-    "protected_dense": ("protected, all weights tuned", "#edae49", "-", "^"),
+    "scratch": ("#555555", "--", "s"),
+    "unprotected": ("#d1495b", "-", "o"),
+    "protected_mask": ("#00798c", "-", "v"),
+    "protected_dense": ("#edae49", "-", "^"),
 }
 
 
@@ -60,7 +63,8 @@ def _draw_panel(axes: Axes, title: str, found: Mapping[str, Any]) -> None:
 
 
 def _draw_curve(axes: Axes, arm: str, sizes: list[int], accuracies: np.ndarray, area: dict[str, Any] | None) -> None:
-    label, color, line, marker = _STYLES.get(arm, (arm, None, "-", "o"))
+    label = _LABELS.get(arm, arm)
+    color, line, marker = _STYLES.get(arm, (None, "-", "o"))
     if area is not None:
         label += f"  (SLC-AUC {area['normalized']:+.3f})"
     axes.plot(sizes, accuracies.mean(0), line, color=color, marker=marker, label=label)

@@ -18,7 +18,8 @@ from ..training.domains import Joined
 from .card import NO_REPO
 from .errors import RecordError, listed
 from .record import RECORD_FILE, SIGNATURE_FILE, read_record
-from .report import CURVES_FIGURE, build_record, build_results, suite_files, write_report
+from .report import CURVES_FIGURE, build_record, suite_files, write_report
+from .results import build_results
 
 if TYPE_CHECKING:
     from ..training.trainer import NTPTrainer

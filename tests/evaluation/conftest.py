@@ -26,9 +26,13 @@ def pixels(size, seed, classes=3):
     return PixelDataset.from_dataset(data, processor)
 
 
+def attack_data():
+    return AttackData(pixels(24, 0), pixels(12, 1), pixels(12, 2))
+
+
 @pytest.fixture
 def attack():
-    return AttackData(pixels(24, 0), pixels(12, 1), pixels(12, 2))
+    return attack_data()
 
 
 @pytest.fixture

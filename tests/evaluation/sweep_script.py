@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
-from hf_ntp import AttackData, FineTuneProtocol, sample_wise_learning_curves, standard_arms
+from hf_ntp import FineTuneProtocol, sample_wise_learning_curves, standard_arms
 from hf_ntp.attacks.fine_tuning import FineTuning
 
-from .conftest import pixels
+from .conftest import attack_data
 
 PROTOCOL = FineTuneProtocol(steps=8, batch_size=8, learning_rates=(1e-3, 1e-2), warmup_steps=2)
 
 
 def sweep(folder, cache_dir):
     """What every process runs, and the test itself for comparison."""
-    data = AttackData(pixels(24, 0), pixels(12, 1), pixels(12, 2))
+    data = attack_data()
     arms = standard_arms(str(folder / "unprotected"), str(folder / "protected"))[:2]
     return sample_wise_learning_curves(arms, data, [6, 24], [0, 1], PROTOCOL, cache_dir, jobs=1)
 

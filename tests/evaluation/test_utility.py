@@ -15,7 +15,7 @@ from hf_ntp.evaluation.measure import measure_source
 from hf_ntp.evaluation.suite import run_attacks
 from hf_ntp.evaluation.utility import source_utility
 from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
-from hf_ntp.publishing.report import build_results
+from hf_ntp.publishing.results import build_results
 
 from ..conftest import tiny_vit
 from ..publishing.conftest import SOURCE, TARGET

@@ -4,7 +4,8 @@ import pytest
 
 from hf_ntp import DomainReference, FineTuneProtocol, LearningCurves
 from hf_ntp.evaluation.measure import Measurement, ScratchConvergence, SourceAccuracy, SparsityReport
-from hf_ntp.publishing.report import build_record, build_results
+from hf_ntp.publishing.report import build_record
+from hf_ntp.publishing.results import build_results
 
 SOURCE = DomainReference("photos", "org/photos", None, "main", {"train": "a" * 64}, ["cat", "dog"])
 TARGET = DomainReference(

@@ -12,7 +12,8 @@ from hf_ntp.attacks import ATTACKS
 from hf_ntp.evaluation.measure import ScratchConvergence, SourceAccuracy, Transfer
 from hf_ntp.publishing.card import _ATTACK_LABELS, attack_label, render_card
 from hf_ntp.publishing.evidence import not_tested
-from hf_ntp.publishing.report import build_record, refresh_report, results_table, write_report
+from hf_ntp.publishing.report import build_record, refresh_report, write_report
+from hf_ntp.publishing.results import results_table
 from hf_ntp.run_folder import weight_digests
 
 from .conftest import BASE, SETTINGS, SOURCE, SPARSITY, TARGET, make_curves, make_record, make_results

@@ -34,9 +34,12 @@ def matrices(model):
 
 
 def write_protected(folder):
-    from hf_ntp import DomainReference, FineTuneProtocol, LearningCurves
+    from hf_ntp import DomainReference, FineTuneProtocol
     from hf_ntp.evaluation.measure import Measurement, ScratchConvergence, SourceAccuracy, SparsityReport
-    from hf_ntp.publishing.report import build_record, build_results, write_report
+    from hf_ntp.publishing.report import build_record, write_report
+    from hf_ntp.publishing.results import build_results
+
+    from ..publishing.conftest import make_curves
 
     model = write_model(folder, 1)
     layers = {
@@ -48,21 +51,10 @@ def write_protected(folder):
         DomainReference(name, name, None, None, {"test": mark * 64}, digits)
         for name, mark in (("mnist", "a"), ("optdigits", "b"))
     )
-    curves = LearningCurves(
-        sample_sizes=(10, 100),
-        seeds=(0, 1),
-        accuracies={
-            "scratch": [[0.2, 0.6], [0.2, 0.6]],
-            "unprotected": [[0.4, 0.8], [0.4, 0.8]],
-            "protected_mask": [[0.1, 0.5], [0.2, 0.5]],
-            "protected_dense": [[0.25, 0.65], [0.25, 0.65]],
-        },
-        learning_rates={"scratch": [[1e-3, 3e-3]] * 2},
-        fits=16,
-    )
     sparsity = SparsityReport(0.5, 0.5, 98304, 0.5, 1.0, layers)
     convergence = ScratchConvergence(100, 800, 0.6, 0.61)
-    measured = Measurement(SourceAccuracy(0.961, 0.957, 1250), sparsity, curves, convergence, FineTuneProtocol())
+    accuracy = SourceAccuracy(0.961, 0.957, 1250)
+    measured = Measurement(accuracy, sparsity, make_curves(), convergence, FineTuneProtocol())
     results = build_results(source, target, measured, {"pretrain": 1.0, "protect": 2.0, "evaluate": 3.0})
     base = {"name": None, "revision": None, "weights": {"model.safetensors": "d" * 64}}
     # What a stranger may write into a record must arrive on the page as text.
