@@ -126,10 +126,10 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
     """
     from transformers.integrations import get_reporting_integration_callbacks
 
-    from hf_ntp.models import with_head
+    from hf_ntp.models import find_head, with_head
     from hf_ntp.models.adapters import with_adapter
     from hf_ntp.training.checks import check_fit, matches_features
-    from hf_ntp.training.domains import NEIGHBOURHOOD, SOURCE, shares_of
+    from hf_ntp.training.domains import NEIGHBOURHOOD, SOURCE, check_task, shares_of
     from hf_ntp.training.pruning import chosen_weights
 
     targets = [NEIGHBOURHOOD] if config.target_access == "none" else list(domains.target)
@@ -138,7 +138,8 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
     # A copy: what has no part in an encoder's features, such as a decoder, is frozen for protection.
     network, _ = with_adapter(copy.deepcopy(model), config.adapter, config.device)
     network = with_head(network, config.head_name, config.encoder_name)
-    matches_features(network, config)
+    if not matches_features(network, config):
+        check_task(network, find_head(network, config.head_name)[1])
     check_fit(network, config, sum(len(parts["train"]) for parts in domains.source.values()), len(targets))
     chosen_weights(network, config, config.head_name)
     for callback in get_reporting_integration_callbacks(config.report_to):

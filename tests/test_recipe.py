@@ -29,7 +29,7 @@ from hf_ntp import read_record
 from hf_ntp.models import prunable_weights, zero_fraction
 from hf_ntp.training.arguments import ProtectionArguments
 
-from .conftest import tiny_resnet
+from .conftest import tiny_resnet, tiny_vit
 from .hub_server import OWNER
 
 ROOT = Path(__file__).parents[1]
@@ -242,19 +242,14 @@ def test_bad_input_stops_before_any_training(recipe, tmp_path, options, error, m
     [
         (ntp_vit, "--source_loss reconstruction", "source_loss is 'reconstruction' and the model is ViTForImage"),
         (ntp_ssl, "--source_loss labels", "source_loss is 'labels' but the model has no classification head"),
-        *(
-            (script, options, message)
-            for script in (ntp_vit, ntp_ssl)
-            for options, message in (
-                ("--adapter keep", "adapter is 'keep' and the model, ViT.*, carries no adapter"),
-                ("--per_device_train_batch_size 1", "a batch has one image of each domain"),
-                (
-                    "--source_dataset mnist syn --dataloader_drop_last true --per_device_train_batch_size 361",
-                    "360 rows are no whole batch of 361",
-                ),
-                ("--attackers 1 --target_dataset optdigits mnistm", "attackers is 1 for 2 unauthorized domains"),
-            )
+        (ntp_ssl, "--adapter keep", "adapter is 'keep' and the model, ViT.*, carries no adapter"),
+        (ntp_vit, "--per_device_train_batch_size 1", "a batch has one image of each domain"),
+        (
+            ntp_ssl,
+            "--source_dataset mnist syn --dataloader_drop_last true --per_device_train_batch_size 361",
+            "360 rows are no whole batch of 361",
         ),
+        (ntp_vit, "--attackers 1 --target_dataset optdigits mnistm", "attackers is 1 for 2 unauthorized domains"),
     ],
 )
 def test_what_the_trainer_would_refuse_is_refused_before_the_model_is_pretrained(
@@ -264,6 +259,18 @@ def test_what_the_trainer_would_refuse_is_refused_before_the_model_is_pretrained
     monkeypatch.setattr("hf_ntp.run_folder.claim_run_folder", lambda *args: pytest.fail("claimed"))
     with pytest.raises(ValueError, match=message):
         script.main(["--output_dir", str(tmp_path / "run"), *QUICK, *options.split()])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_without_classes_is_refused_before_it_is_trained(recipe, tmp_path, monkeypatch):
+    model = tiny_vit(num_labels=10)
+    model.config.problem_type = "multi_label_classification"
+    model.config.id2label = dict(enumerate("0123456789"))
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+    own = ["--model_name_or_path", str(tmp_path / "model"), "--source_dataset", "mnist", "--target_dataset", "syn"]
+    with pytest.raises(ValueError, match=r"config\.problem_type is 'multi_label_classification'"):
+        recipe.main(["--output_dir", str(tmp_path / "run"), *QUICK, *own])
     assert not (tmp_path / "run").exists()
 
 
