@@ -1,6 +1,7 @@
 """Small models and data that tests share; caches go to a temporary folder, threads to one core."""
 
 import os
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
+import hf_ntp
+
 from .hub_server import OWNER, HubServer
 
 torch.set_num_threads(1)
@@ -22,6 +25,17 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _own_datasets_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """Benchmarks load a part of every domain."""
+    from benchmarks.strength.run import load
+
+    monkeypatch.setattr(hf_ntp, "load_domain", partial(hf_ntp.load_domain, max_samples=400))
+    load.cache_clear()
+    yield
+    load.cache_clear()
 
 
 class Rows(Dataset):

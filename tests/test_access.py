@@ -11,7 +11,7 @@ from hf_ntp import FineTuneProtocol
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def quick(monkeypatch, few_images):
     shapes = {n: replace(s, protection_steps=6) for n, s in strength.ARCHITECTURES.items()}
     monkeypatch.setattr(strength, "ARCHITECTURES", shapes)
     monkeypatch.setattr(access, "SHAPES", shapes)
@@ -36,7 +36,8 @@ def test_one_table(quick, tmp_path, monkeypatch):
     assert list(results) == ["mnist-optdigits/seed 0"]
     rows = access.rows_of(results["mnist-optdigits/seed 0"])
     assert list(rows) == ["labelled", "none"]
-    assert len({row["areas"]["dense"] for row in rows.values()}) == 2, "two different protections"
+    models = [path.read_bytes() for path in (tmp_path / "work").rglob("*/model/model.safetensors")]
+    assert len(set(models)) == len(models) == len(rows) + 1, "different protections of one model"
     assert (tmp_path / "out" / "table.md").read_text().count("| mnist-optdigits | 0 |") == 2
 
     monkeypatch.setattr(access, "measure", None)  # what is there is not run again

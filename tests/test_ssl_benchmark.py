@@ -10,7 +10,7 @@ from hf_ntp.attacks import probes
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def quick(monkeypatch, few_images):
     protection, pretraining = ssl.recipe_settings()
     settings = {**protection, "max_steps": 6}, {**pretraining, "pretrain_steps": 4}
     monkeypatch.setattr(ssl, "recipe_settings", lambda: settings)

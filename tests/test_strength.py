@@ -13,14 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_ntp import load_domain
 from hf_ntp.attacks import FineTuneProtocol, probes
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "strength" / "run.py"
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def benchmark(monkeypatch, few_images):
     spec = importlib.util.spec_from_file_location("strength_run", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["strength_run"] = module
@@ -37,7 +36,6 @@ def benchmark(monkeypatch):
     monkeypatch.setattr(module, "PRETRAIN_STEPS", 4)
     one_rate = partial(FineTuneProtocol, learning_rates=(1e-3,))
     monkeypatch.setattr(module.hf_ntp, "FineTuneProtocol", one_rate)
-    monkeypatch.setattr(module.hf_ntp, "load_domain", partial(load_domain, max_samples=400))
     monkeypatch.setattr(probes, "_MAX_ITERATIONS", 20)  # on features of a few steps thousands would not be enough
     return module
 

