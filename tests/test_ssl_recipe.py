@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from hf_ntp import NTPTrainer, read_record
+from hf_ntp.attacks import probes
 from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
 from hf_ntp.training.self_supervised import small_encoder
 
@@ -32,6 +33,14 @@ QUICK = (
     "--max_steps 12 --pretrain_steps 6 --save_steps 6 --attack_steps 22 --attack_seeds 0 --sample_sizes 10 20 "
     "--attack_learning_rates 1e-3 --report_to none --disable_tqdm true --source_max_samples 200 --jobs 1"
 ).split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_probes():
+    """On features of a few steps thousands of iterations would not be enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "_MAX_ITERATIONS", 20)
+        yield
 
 
 @pytest.fixture(scope="module")

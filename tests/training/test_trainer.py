@@ -147,6 +147,7 @@ def test_a_guard_that_switches_protection_off_says_so(tmp_path, caplog, toleranc
     model = tiny_vit()
     learn(model, Rows())
     options = {"max_steps": 80, "learning_rate": 0.02, "target_warmup": 0.1, "rho": 1.0, "sparsity": 0.95}
+    options["attackers"] = 1
     ours = trainer(tmp_path, model, evaluation=evaluation, source_tolerance=tolerance, **options)
     ours.train()
     found = [record.getMessage() for record in caplog.records if "Everything aimed at" in record.getMessage()]
@@ -177,7 +178,7 @@ def test_an_original_that_does_not_know_the_source_is_named(tmp_path, caplog):
 def test_a_model_that_lost_more_than_allowed_says_so(tmp_path, caplog):
     model = tiny_vit()
     learn(model, Rows())
-    options = {"max_steps": 40, "learning_rate": 0.05, "sparsity": 0.99, "evaluation": Rows()}
+    options = {"max_steps": 40, "learning_rate": 0.05, "sparsity": 0.99, "evaluation": Rows(), "attackers": 1}
     trainer(tmp_path, model, source_tolerance=[0.001, 0.001], **options).train()
     assert re.search(r"the model ends 0\.\d+ worse than the original \(source_excess\); source_tolerance", caplog.text)
     caplog.clear()
