@@ -602,12 +602,13 @@ class NTPTrainer(Trainer):
             super().save_model(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write what Trainer writes, as a whole; only the process that saves calls it.
+        """Write what Trainer writes, as a whole. All processes call it, of which one saves.
 
         Raises:
             OSError: If it cannot be written; what was there before is unchanged.
         """
-        if self._staging:  # a checkpoint gets its name when it is whole
+        # A checkpoint gets its name when it is whole; who saves nothing must not replace what another process has.
+        if self._staging or not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
         with whole_model(Path(output_dir or str(self.args.output_dir))) as staged:

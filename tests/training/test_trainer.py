@@ -907,6 +907,15 @@ def test_push_an_encoder_without_a_head(hub, tmp_path):
     assert 'AutoModel.from_pretrained("org/encoder")' in hub.model("org/encoder").files["README.md"].decode()
 
 
+def test_a_process_that_does_not_save_leaves_what_another_one_saved(tmp_path, monkeypatch):
+    ours = trainer(tmp_path / "run")
+    ours.save_model(str(tmp_path / "saved"))
+    before = (tmp_path / "saved" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(NTPConfig, "should_save", False)
+    ours.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == before
+
+
 def test_the_record_names_what_was_loaded_by_id(hub, tmp_path):
     tiny_vit().save_pretrained(tmp_path / "base")
     HfApi(token=OWNER).create_repo("org/base")
