@@ -262,7 +262,7 @@ def test_what_the_trainer_would_refuse_is_refused_before_the_model_is_pretrained
     assert not (tmp_path / "run").exists()
 
 
-def test_a_head_without_classes_is_refused_before_it_is_trained(recipe, tmp_path, monkeypatch):
+def test_a_head_without_classes_is_refused_before_it_is_trained(recipe, tmp_path):
     model = tiny_vit(num_labels=10)
     model.config.problem_type = "multi_label_classification"
     model.config.id2label = dict(enumerate("0123456789"))

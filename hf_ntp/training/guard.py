@@ -63,7 +63,7 @@ class Guard:
         self.excess = torch.zeros((), device=device)
 
     def terms(
-        self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, seed: int
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss that keeps the source alive on a training batch, and its single terms for the log; notes the excess.
 
@@ -72,7 +72,7 @@ class Guard:
             inputs: "pixel_values" [N, 3, H, W] and, where they are needed, "labels" [N].
             logits: Of the model, [N, K].
             features: Its pooled features, [N, D].
-            seed: Of what is random.
+            step: Number of optimizer steps taken, which alone decides what is random.
         """
         raise NotImplementedError
 
@@ -162,7 +162,7 @@ class SourceGuard(Guard):
             self.remedy = "An original that has memorised those images makes this likely: pass others as eval_dataset"
 
     def terms(
-        self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, seed: int
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy, and the distance from the original's predictions; see :meth:`Guard.terms`."""
         loss = F.cross_entropy(logits, inputs["labels"], label_smoothing=self._args.label_smoothing_factor)
@@ -265,12 +265,13 @@ class FeatureGuard(Guard):
 
     def __init__(self, model: PreTrainedModel, args: NTPConfig) -> None:
         super().__init__(args.feature_tolerance, args.device)
+        self._args = args
         self.original = _frozen_copy(model, args.device)
         self._head = find_head(self.original, args.head_name)[1]
         self._norms = batch_norms(self.original)
 
     def terms(
-        self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, seed: int
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Distance from the original's features; see :meth:`Guard.terms`."""
         return self._logged(self.match(inputs["pixel_values"], features))
@@ -315,10 +316,15 @@ class ReconstructionGuard(FeatureGuard):
     """
 
     def terms(
-        self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, seed: int
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction loss relative to the original's; see :meth:`Guard.terms`."""
-        return self._logged(self.reconstruct(model, inputs["pixel_values"], seed))
+        return self._logged(self.reconstruct(model, inputs["pixel_values"], self.mask_seed(step)))
+
+    def mask_seed(self, step: int) -> int:
+        """Of a step on this rank, so that a resumed run hides the same patches."""
+        entropy = (self._args.seed, step, self._args.process_index)
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def reconstruct(self, model: PreTrainedModel, images: Tensor, seed: int) -> Tensor:
         """Note the excess on a source batch, averaged over ranks, and return the loss of the autoencoder.

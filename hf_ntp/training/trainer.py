@@ -320,7 +320,7 @@ class NTPTrainer(Trainer):
                 return self._feature_loss(model, inputs["pixel_values"], return_outputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         logits, features, tokens, targets = self._forward(model, inputs)
-        loss, terms = self._guard.terms(self.model, inputs, logits, features, self._mask_seed())
+        loss, terms = self._guard.terms(self.model, inputs, logits, features, self.state.global_step)
         strength = self._strength()
         if targets or self._pool is not None:
             terms["target_strength"] = torch.as_tensor(strength, device=loss.device)
@@ -330,11 +330,6 @@ class NTPTrainer(Trainer):
             loss = loss + strength * target_loss
         self._terms.add({"loss": loss, **terms})
         return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _mask_seed(self) -> int:
-        """Of this step on this rank, so that a resumed run hides the same patches."""
-        entropy = (self.args.seed, self.state.global_step, self.args.process_index)
-        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def _feature_loss(self, model: nn.Module, images: Tensor, return_outputs: bool) -> Tensor | tuple[Tensor, Any]:
         """Distance of the features of an evaluation batch from the original's; the features are the output."""

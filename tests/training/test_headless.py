@@ -179,13 +179,15 @@ def test_a_masked_autoencoder_may_keep_what_it_reconstructs(tmp_path):
     ours = trainer(tmp_path / "run", str(tmp_path / "base"), **options)
     ours.train()
     batch = next(iter(ours.get_train_dataloader()))["pixel_values"]
-    noise = mask_noise(ours.model.encoder, batch, ours._mask_seed())
+    seed = ours._guard.mask_seed(ours.state.global_step)
+    noise = mask_noise(ours.model.encoder, batch, seed)
     original = ViTMAEForPreTraining.from_pretrained(tmp_path / "base")
     before, after = (model(pixel_values=batch, noise=noise) for model in (original, ours.model.encoder))
     assert before.mask.sum(1).tolist() == [8] * len(batch)
-    ratio = ours._guard.reconstruct(ours.model, batch, ours._mask_seed())
+    ratio = ours._guard.reconstruct(ours.model, batch, seed)
     assert ratio.item() == pytest.approx((after.loss / before.loss).item(), rel=1e-5)
-    assert ours._mask_seed() != trainer(tmp_path / "new", tiny_autoencoder(), **options)._mask_seed()
+    new = trainer(tmp_path / "new", tiny_autoencoder(), **options)
+    assert seed != new._guard.mask_seed(new.state.global_step)
 
     ours.save_model(str(tmp_path / "saved"))
     saved, info = ViTMAEForPreTraining.from_pretrained(tmp_path / "saved", output_loading_info=True)
