@@ -12,7 +12,7 @@ from hf_ntp import FineTuneProtocol
 
 @pytest.fixture
 def quick(monkeypatch, few_images):
-    shapes = {n: replace(s, protection_steps=6) for n, s in strength.ARCHITECTURES.items()}
+    shapes = {n: replace(s, pretrain_steps=4, protection_steps=6) for n, s in strength.ARCHITECTURES.items()}
     monkeypatch.setattr(strength, "ARCHITECTURES", shapes)
     monkeypatch.setattr(access, "SHAPES", shapes)
     monkeypatch.setattr(strength, "SAMPLE_SIZES", (10, 20))
@@ -26,7 +26,6 @@ def quick(monkeypatch, few_images):
     monkeypatch.setattr(access, "arena", short)
     monkeypatch.setattr(access, "ATTACKS", ("dense",))
     monkeypatch.setattr(access, "ACCESS", {name: access.ACCESS[name] for name in ("labelled", "none")})
-    monkeypatch.setattr(strength, "PRETRAIN_STEPS", 4)
 
 
 def test_one_table(quick, tmp_path, monkeypatch):

@@ -11,10 +11,11 @@ from benchmarks.strength import run as strength
 
 @pytest.fixture
 def quick(monkeypatch, few_images):
-    shapes = {name: replace(shape, protection_steps=6) for name, shape in strength.ARCHITECTURES.items()}
+    shapes = {
+        name: replace(shape, pretrain_steps=4, protection_steps=6) for name, shape in strength.ARCHITECTURES.items()
+    }
     for module in (search, strength):
         monkeypatch.setattr(module, "ARCHITECTURES", shapes)
-    monkeypatch.setattr(strength, "PRETRAIN_STEPS", 4)
     monkeypatch.setattr(search, "ATTACK_STEPS", 22)
     monkeypatch.setattr(search, "RATES", {"vit": (1e-3,)})
     monkeypatch.setattr(search, "SAMPLE_SIZES", (10, 20))

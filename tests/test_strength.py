@@ -24,7 +24,7 @@ def benchmark(monkeypatch, few_images):
     module = importlib.util.module_from_spec(spec)
     sys.modules["strength_run"] = module
     spec.loader.exec_module(module)
-    quick = {"protection_steps": 6, "attack_steps": 22}
+    quick = {"pretrain_steps": 4, "protection_steps": 6, "attack_steps": 22}
     shapes = {name: replace(shape, **quick) for name, shape in module.ARCHITECTURES.items()}
     monkeypatch.setattr(module, "ARCHITECTURES", shapes)
     monkeypatch.setattr(module, "PAIRS", (("optdigits", "mnist"),))
@@ -33,7 +33,6 @@ def benchmark(monkeypatch, few_images):
     monkeypatch.setattr(module, "SAMPLE_SIZES", (10, 20))
     monkeypatch.setattr(module, "SEEDS", (0, 1))
     monkeypatch.setattr(module, "PROTECTION_SEEDS", (1,))
-    monkeypatch.setattr(module, "PRETRAIN_STEPS", 4)
     one_rate = partial(FineTuneProtocol, learning_rates=(1e-3,))
     monkeypatch.setattr(module.hf_ntp, "FineTuneProtocol", one_rate)
     monkeypatch.setattr(probes, "_MAX_ITERATIONS", 20)  # on features of a few steps thousands would not be enough
