@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.common import README
 from benchmarks.cost import measurements, run
 from benchmarks.cost.report import plot, table
 
@@ -20,7 +21,7 @@ def test_some_sections(monkeypatch, tmp_path, capsys):
     }  # fmt: skip
     for name, value in tiny.items():
         monkeypatch.setattr(measurements, name, value)
-    before = run.README.read_text()
+    before = README.read_text()
     run.main(["--only", "admm", "fisher", "step", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["step", "admm", "fisher"]
@@ -30,7 +31,7 @@ def test_some_sections(monkeypatch, tmp_path, capsys):
     assert results["admm"][0]["weights"] < results["admm"][1]["weights"]
     assert {len(entry["seconds"]) for entry in results["fisher"]} == {1, 2}
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
-    assert run.README.read_text() == before
+    assert README.read_text() == before
 
 
 @pytest.mark.parametrize("selects", [False, True])
@@ -52,6 +53,6 @@ def test_an_update_of_the_reference_is_ours(selects):
 def test_table_figure_and_readme_are_of_the_committed_results(tmp_path):
     results = json.loads((HERE / "results.json").read_text())
     assert (HERE / "table.md").read_text() == table(results) + "\n"
-    assert table(results, with_bar=True) in run.README.read_text()
+    assert table(results, with_bar=True) in README.read_text()
     plot(results, tmp_path / "cost.png")
     assert Image.open(tmp_path / "cost.png").size == Image.open(HERE / "cost.png").size

@@ -1,9 +1,7 @@
 """The strength benchmark end to end on one pair, with small numbers of steps."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,17 +11,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks.common import README
+from benchmarks.strength import run as module
+from benchmarks.strength.report import plot, summary, table
 from hf_ntp.attacks import FineTuneProtocol, probes
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "strength" / "run.py"
+HERE = Path(module.__file__).parent
 
 
 @pytest.fixture
 def benchmark(monkeypatch, few_images):
-    spec = importlib.util.spec_from_file_location("strength_run", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["strength_run"] = module
-    spec.loader.exec_module(module)
     quick = {"pretrain_steps": 4, "protection_steps": 6, "attack_steps": 22}
     shapes = {name: replace(shape, **quick) for name, shape in module.ARCHITECTURES.items()}
     monkeypatch.setattr(module, "ARCHITECTURES", shapes)
@@ -88,3 +85,11 @@ def test_an_interrupted_protection_goes_on(benchmark, tmp_path):
     benchmark.protect(cell, base, folder, "adaptive_convnet", options)
     again = load_file(folder / "model.safetensors")
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+def test_tables_figure_and_readme_are_of_the_committed_results(tmp_path):
+    results = json.loads((HERE / "results.json").read_text())
+    assert (HERE / "table.md").read_text() == table(results) + "\n"
+    assert summary(results) in README.read_text()
+    plot(results, tmp_path / "strength.png")
+    assert Image.open(tmp_path / "strength.png").size == Image.open(HERE / "strength.png").size

@@ -20,6 +20,7 @@ from typing import Any
 
 import joblib
 
+from benchmarks.common import rounded, write_results
 from benchmarks.strength.run import ARCHITECTURES as SHAPES
 from benchmarks.strength.run import (
     Cell,
@@ -27,10 +28,8 @@ from benchmarks.strength.run import (
     load,
     pretrain,
     protect,
-    rounded,
     settings_of,
     source_accuracy,
-    write_results,
 )
 from hf_ntp.evaluation.suite import run_attacks
 from hf_ntp.publishing.wording import markdown_table, percent

@@ -17,23 +17,14 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 
+from benchmarks.common import into_readme, rounded, write_results
 from benchmarks.cost.measurements import SECTIONS, memory_of, recipe_peak, sweep_of
 from benchmarks.cost.report import mib, plot, table
-from benchmarks.strength.run import rounded, write_results
 
 HERE = Path(__file__).parent
-README = HERE.parents[1] / "README.md"
-
-
-def into_readme(results: dict[str, Any]) -> None:
-    """Put what there is a bar for in the README."""
-    before, mark, rest = README.read_text().partition("<!-- cost table -->\n")
-    _, end, after = rest.partition("<!-- end of cost table -->")
-    README.write_text(f"{before}{mark}{table(results, with_bar=True)}\n\n{end}{after}")
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -72,7 +63,7 @@ def main(argv: list[str]) -> None:
         write_results(results, table(results), out)
         plot(results, out / "cost.png")
         if out.resolve() == HERE.resolve():
-            into_readme(results)
+            into_readme("cost", table(results, with_bar=True))
     print(table(results))
 
 

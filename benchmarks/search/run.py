@@ -30,15 +30,14 @@ import joblib
 from transformers import ViTImageProcessorPil
 
 import hf_ntp
+from benchmarks.common import rounded, write_results
 from benchmarks.strength.run import (
     ARCHITECTURES,
     Cell,
     load,
     pretrain,
     protect,
-    rounded,
     source_accuracy,
-    write_results,
 )
 from benchmarks.strength.run import sparsity as sparsity_of
 from hf_ntp.evaluation.suite import run_attacks

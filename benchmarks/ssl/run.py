@@ -26,6 +26,7 @@ import yaml
 from hf_ntp.recipes.ntp_ssl import SSLArguments
 
 import hf_ntp
+from benchmarks.common import rounded, write_results
 from benchmarks.search.run import validation_arena
 from benchmarks.strength.run import (
     ARCHITECTURES,
@@ -33,9 +34,7 @@ from benchmarks.strength.run import (
     Cell,
     load,
     protect,
-    rounded,
     save,
-    write_results,
 )
 from hf_ntp.data import RandomShift
 from hf_ntp.evaluation.cache import FIT_VERSION

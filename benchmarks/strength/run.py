@@ -1,12 +1,12 @@
 """How strong is the protection? Pairs of domains x architectures x presets x attacks, on the embedded digits.
 
-    python benchmarks/strength/run.py
+    python -m benchmarks.strength.run
 
-Everything is made on the spot: models are pretrained on the source, protected against the owner's part of the target,
-and attacked with the attacker's part, which the protection has never seen. Finished models and fits are kept in
---work_dir, so that an interrupted run continues; results.json, table.md and strength.png are rewritten after every
-cell, and a cell whose result is there is not run again until a setting changes. `--only resnet/mnist-mnistm` (any part
-of a cell's name) runs some cells only.
+(from the root of the repository). Everything is made on the spot: models are pretrained on the source, protected
+against the owner's part of the target, and attacked with the attacker's part, which the protection has never seen.
+Finished models and fits are kept in --work_dir, so that an interrupted run continues; results.json, tables and figures
+are rewritten after every cell, and a cell whose result is there is not run again until a setting changes. `--only
+resnet/mnist-mnistm` (any part of a cell's name) runs some cells only.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import joblib
-import numpy as np
-from matplotlib.figure import Figure
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessorPil
 
 import hf_ntp
+from benchmarks.common import rounded
+from benchmarks.strength.report import table, write
 from hf_ntp.attacks import ATTACKS, DECISIVE
 from hf_ntp.attacks.fine_tuning import predictor
 from hf_ntp.data import RandomShift
@@ -36,9 +36,7 @@ from hf_ntp.evaluation.controls import prune_without_protection
 from hf_ntp.evaluation.runner import RETUNE_MARGIN, accuracy_of
 from hf_ntp.evaluation.suite import run_attacks
 from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
-from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
-from hf_ntp.publishing.wording import markdown_table, percent
-from hf_ntp.run_folder import whole_file, whole_folder
+from hf_ntp.run_folder import whole_folder
 from hf_ntp.training.arguments import PRESETS, ProtectionArguments
 from hf_ntp.training.checkpoint import last_checkpoint
 from hf_ntp.training.pretraining import small_resnet, small_vit, train_classifier
@@ -68,7 +66,7 @@ WITHOUT_TARGET: dict[str, Any] = {"attackers": 0, "fisher_weight": 0.0, "collaps
 
 @dataclass(frozen=True)
 class Architecture:
-    """A small model, how long it is trained and protected, and how long it is attacked (until scratch is converged)."""
+    """A small model, how long it is trained, protected, and attacked (until scratch is converged)."""
 
     build: Callable[..., PreTrainedModel]
     image_size: int
@@ -301,100 +299,6 @@ def suite_settings_of(cell: Cell) -> str:
 def seeds_settings_of(cell: Cell) -> str:
     """The same for the models of other protection seeds."""
     return hashlib.sha256(json.dumps([settings_of(cell), PROTECTION_SEEDS]).encode()).hexdigest()[:12]
-
-
-def table(results: dict[str, Any]) -> str:
-    """One row per cell: accuracy on the source, then SLC-AUC (decades) of the attacks and what is retained."""
-    columns = list(DECISIVE)
-    head = [
-        "cell",
-        "source before",
-        "reference",
-        "protected",
-        "unprotected",
-        *columns,
-        "dense retained",
-        "by other protection seeds",
-        "worst retained",
-        *(f"paper: {name}" for name in PAPER_ATTACKS),
-        "paper: source",
-    ]
-    rows = [head]
-    for name, cell in results["cells"].items():
-        protected = cell["adaptive"]["starts"]["protected"]
-        retained, worst = (
-            cell["adaptive"]["retained_transfer"]["protected"],
-            cell["adaptive"]["worst_case"]["protected"],
-        )
-        accuracy = cell["source_accuracy"]
-        others = results["other_seeds"].get(name, {}).get("retained_transfer", {})
-        rows.append([
-            name,
-            *(f"{accuracy[key]:.3f}" for key in ("unprotected", "reference", "adaptive")),
-            f"{cell['adaptive']['starts']['unprotected']['dense']['decades']:+.3f}",
-            *(f"{protected[key]['decades']:+.3f}" if key in protected else "" for key in columns),
-            percent(retained["dense"]),
-            ", ".join(percent(others[start]["dense"]) for start in others if start != "protected"),
-            percent(worst["retained_transfer"]),
-            *(f"{cell['paper']['starts']['protected'][key]['decades']:+.3f}" for key in PAPER_ATTACKS),
-            f"{accuracy['paper']:.3f}",
-        ])  # fmt: skip
-    return markdown_table(rows)
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw the retained transfer of the decisive attacks in every cell: one look says where protection breaks."""
-    cells = list(results["cells"])
-    shares = np.full((len(cells), len(DECISIVE)), np.nan)
-    for i, cell in enumerate(cells):
-        retained = results["cells"][cell]["adaptive"]["retained_transfer"]["protected"]
-        for j, name in enumerate(DECISIVE):
-            value = retained.get(name)
-            shares[i, j] = np.nan if value is None else value
-    figure = Figure(figsize=(9, 1.8 + 0.4 * len(cells)), dpi=144, layout="constrained")
-    axes = figure.add_subplot()
-    picture = axes.imshow(shares, cmap="RdYlBu_r", vmin=-1, vmax=1, aspect="auto")
-    for (i, j), share in np.ndenumerate(shares):
-        text, color = (
-            ("n/a", "black") if np.isnan(share) else (percent(share), "white" if abs(share) > 0.6 else "black")
-        )
-        axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(len(DECISIVE)), [name.replace("_", " ") for name in DECISIVE], rotation=20, fontsize=8)
-    axes.set_yticks(range(len(cells)), cells, fontsize=8)
-    axes.set_title(
-        "Retained transfer: SLC-AUC of the protected model / SLC-AUC of the unprotected one, same attack\n"
-        "100 %: no protection, 0 %: worth as much as random weights, below 0: worth less",
-        fontsize=9,
-    )
-    figure.colorbar(picture, ax=axes, label="retained transfer")
-    figure.savefig(path)
-
-
-def write_results(results: dict[str, Any], rows: str, out: Path) -> None:
-    """Write results.json and table.md, each whole or not at all: what every benchmark does after every run."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("results.json", json.dumps(results, indent=1, allow_nan=False)), ("table.md", rows)):
-        with whole_file(out / name) as staged:
-            staged.write_text(text + "\n")
-
-
-def write(results: dict[str, Any], out: Path) -> None:
-    """Write results, table and figure."""
-    write_results(results, table(results), out)
-    plot(results, out / "strength.png")
-    for name, full in results["full_suite"].items():
-        stem = f"full_{name.replace('/', '_')}"
-        (out / f"{stem}.md").write_text(attacks_table(full["attacks"] | {"third_domain": full["third_domain"]}) + "\n")
-        plot_attacks(full["attacks"], out / f"{stem}.png", f"All attacks on {name}")
-
-
-def rounded(value: Any) -> Any:
-    """Round every number of a JSON tree to four digits: seeds scatter by far more."""
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(part) for part in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def parse(argv: list[str]) -> Namespace:
