@@ -47,6 +47,13 @@ class RecipeArguments:
         default=None, metadata={"help": "Model to protect, Hub id or folder. Default: a small one trained here."}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of that model."})
+    image_processor: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of another image processor for that model, where transformers has its own for "
+            "torchvision alone (DINOv3): a ViTImageProcessorPil with its size, image_mean and image_std, saved."
+        },
+    )
     source_dataset: list[str] = field(
         default_factory=lambda: ["mnist"],
         metadata={
@@ -194,6 +201,11 @@ def parse(argv: list[str], kind: type[Arguments], description: str) -> tuple[Arg
             defaults[action.dest] = _as_given(parser, action, defaults[action.dest])
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in known})
     recipe, config = parser.parse_args_into_dataclasses(argv)
+    if getattr(config, "adapter", None) is not None:
+        parser.error(
+            "--adapter is for Python: recipes load models without one. Give a PeftModel to NTPTrainer, or merge the "
+            "adapter (merge_and_unload) and save the model first"
+        )
     if getattr(config, "push_to_hub", False):
         parser.error(
             "--push_to_hub is of no use here: the folder to publish is made when everything is measured. Push it with "
@@ -235,9 +247,12 @@ def given_model(recipe: RecipeArguments, model: PreTrainedModel, rate: float | N
 
     from hf_ntp.models import hub_commit
 
-    processor = AutoImageProcessor.from_pretrained(
-        recipe.model_name_or_path, revision=recipe.model_revision, backend="pil"
-    )
+    if recipe.image_processor is not None:
+        processor = AutoImageProcessor.from_pretrained(recipe.image_processor, backend="pil")
+    else:
+        processor = AutoImageProcessor.from_pretrained(
+            recipe.model_name_or_path, revision=recipe.model_revision, backend="pil"
+        )
     return BaseModel(model, processor, rate, hub_commit(str(recipe.model_name_or_path), recipe.model_revision))
 
 

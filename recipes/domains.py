@@ -122,8 +122,11 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
 
     Raises:
         ValueError: For options that do not fit the model or the domains.
+        TypeError: For options of the scheduler that are none.
         RuntimeError: If a tool that training is to be reported to is not installed.
     """
+    import torch
+    from transformers import Trainer, get_scheduler
     from transformers.integrations import get_reporting_integration_callbacks
 
     from hf_ntp.models import find_head, with_head
@@ -142,6 +145,10 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
         check_task(network, find_head(network, config.head_name)[1])
     check_fit(network, config, sum(len(parts["train"]) for parts in domains.source.values()), len(targets))
     chosen_weights(network, config, config.head_name)
+    Trainer.get_optimizer_cls_and_kwargs(config, network)
+    optimizer = torch.optim.SGD(network.parameters(), config.learning_rate)
+    kwargs: Any = config.lr_scheduler_kwargs
+    get_scheduler(config.lr_scheduler_type, optimizer, 1, 2, kwargs)
     for callback in get_reporting_integration_callbacks(config.report_to):
         callback()
 

@@ -131,7 +131,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     from hf_ntp.evaluation.cache import local_folder
     from hf_ntp.evaluation.claims import Claims
     from hf_ntp.evaluation.controls import prune_without_protection
-    from hf_ntp.evaluation.suite import run_attacks
+    from hf_ntp.evaluation.suite import check_suite, run_attacks
     from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
     from hf_ntp.run_folder import claim_run_folder, weight_digests, whole_file
 
@@ -166,6 +166,8 @@ def main(argv: list[str]) -> dict[str, Any]:
         starts["unprotected"] = arguments.unprotected
     if arguments.reference is not None:
         starts["reference"] = arguments.reference
+    check_suite(starts, attacks, arguments.sample_sizes)
+    domains.check_sizes(parts["attacker"], arguments.sample_sizes, arguments.seeds)
     # What lies under a name may be another thing tomorrow, and the controls would not be its any more.
     found = {
         "weights_of_starts": {start: weight_digests(local_folder(name)) for start, name in starts.items()},

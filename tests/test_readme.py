@@ -4,13 +4,14 @@ import json
 import re
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import ViTImageProcessorPil
 
 import hf_ntp
-from hf_ntp import cli
+from hf_ntp import PixelDataset, cli
 from hf_ntp.publishing.report import write_report
 from hf_ntp.run_folder import weight_digests
 
@@ -78,9 +79,20 @@ def test_python_examples(blocks, tmp_path, monkeypatch):
     record = hf_ntp.verify_folder(tmp_path / "runs" / "python" / "published").record
     assert record["source_accuracy"]["after"] == space["measured"].accuracy.after
     assert [domain["name"] for domain in record["unauthorized_domains"]] == ["optdigits"]
-    space["trainer"].model.classifier.bias.data.add_(1)
+    trainer, measured, folder = space["trainer"], space["measured"], tmp_path / "wrong"
+    seen = PixelDataset.from_dataset(space["owner"], space["processor"]).content
+    other = replace(measured, images=measured.images | {"attacker": seen})
+    with pytest.raises(ValueError, match="the protection has seen the images that were measured with as attacker"):
+        hf_ntp.write_folder(trainer, folder, "ORG/NAME", *space["domains"], measured=other)
+    other = replace(measured, images=measured.images | {"test": "0", "source": "1"})
+    with pytest.raises(ValueError, match=r"other images than the references name \(source: test, targets: test\)"):
+        hf_ntp.write_folder(trainer, folder, "ORG/NAME", *space["domains"], measured=other)
+    with pytest.raises(ValueError, match="source and targets are swapped"):
+        hf_ntp.write_folder(trainer, folder, "ORG/NAME", *reversed(space["domains"]))
+    assert not folder.exists()
+    trainer.model.classifier.bias.data.add_(1)
     with pytest.raises(ValueError, match="the measurement is of another model"):
-        hf_ntp.write_folder(space["trainer"], tmp_path / "wrong", measured=space["measured"])
+        hf_ntp.write_folder(trainer, folder, measured=measured)
 
 
 def test_publish_commands(hub, tmp_path, monkeypatch):

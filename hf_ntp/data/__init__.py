@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .augmentation import RandomShift, RandomView
-from .columns import MOST_CLASSES, check_labels, check_target, dataset_fingerprint, find_columns
+from .columns import MOST_CLASSES, check_labels, check_target, dataset_fingerprint, find_columns, has_labels
 from .digits import mnist, optdigits
 from .domains import EMBEDDED_DOMAINS, load_domain
 from .images import PixelDataset, check_pixels, preprocess, to_rgb
@@ -29,6 +29,7 @@ __all__ = [
     "fetch_rows",
     "find_columns",
     "fingerprint_of",
+    "has_labels",
     "load_domain",
     "mnist",
     "mnistm",

@@ -77,6 +77,11 @@ def _label_column(dataset: datasets.Dataset, wanted: str | None) -> str:
     )
 
 
+def has_labels(dataset: datasets.Dataset) -> bool:
+    """Whether any column could hold labels."""
+    return any(_can_be_label(feature) for feature in dataset.features.values())
+
+
 def _can_be_label(feature: object) -> bool:
     if isinstance(feature, datasets.ClassLabel):
         return True

@@ -240,9 +240,9 @@ def check_pixels(data: object, name: str) -> None:
         )
 
 
-def _pixels_fingerprint(dataset: datasets.Dataset, image_processor: BaseImageProcessor) -> str:
+def _pixels_fingerprint(content: str, image_processor: BaseImageProcessor) -> str:
     settings = json.dumps([PIXELS_VERSION, image_processor.to_dict()], sort_keys=True, default=str)
-    return hashlib.sha256(f"{dataset_fingerprint(dataset)} {settings}".encode()).hexdigest()
+    return hashlib.sha256(f"{content} {settings}".encode()).hexdigest()
 
 
 class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -252,6 +252,7 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
         pixels: What ``preprocess`` returns.
         image_processor: The image processor that ``preprocess`` was given.
         fingerprint: Identity of the content and the processor's settings, for records and cache keys.
+        content: Identity of images and labels alone (:func:`~hf_ntp.data.dataset_fingerprint`), where known.
 
     Raises:
         ValueError: If the columns are not those of ``preprocess``, or the processor cannot be used.
@@ -263,6 +264,7 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
         image_processor: BaseImageProcessor,
         *,
         fingerprint: str,
+        content: str | None = None,
     ) -> None:
         """Check the columns and view the stored pixels."""
         if not isinstance(pixels.features.get("pixels"), datasets.Array3D) or "label" not in pixels.features:
@@ -270,7 +272,7 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 f"found columns {list(pixels.features)}; 'pixels' (Array3D) and 'label' are needed. "
                 "Use PixelDataset.from_dataset(dataset, image_processor)."
             )
-        self.fingerprint = fingerprint
+        self.fingerprint, self.content = fingerprint, content
         self._pixels = pixels
         self._scaling = PixelScaling(image_processor)
         self._labels = np.asarray(column_values(pixels, "label"), dtype=np.int64)
@@ -316,9 +318,10 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
         else:
             images = dataset.select_columns(find_image_column(dataset))
             dataset = images.add_column("label", [NO_LABEL] * len(images))
-        fingerprint = _pixels_fingerprint(dataset, image_processor)
+        content = dataset_fingerprint(dataset)
+        fingerprint = _pixels_fingerprint(content, image_processor)
         pixels = _preprocess(dataset, image_processor, fingerprint, num_proc)
-        return cls(pixels, image_processor, fingerprint=fingerprint)
+        return cls(pixels, image_processor, fingerprint=fingerprint, content=content)
 
     @property
     def labels(self) -> np.ndarray:

@@ -59,7 +59,7 @@ def stratified_pieces(
 
 
 def split_owner_attacker(
-    train: datasets.Dataset, owner_fraction: float = 0.5, seed: int = 0
+    train: datasets.Dataset, owner_fraction: float = 0.75, seed: int = 0
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Split a target training set into the owner's part and the attacker's part, disjoint and stratified.
 
@@ -78,7 +78,7 @@ def split_owner_attacker(
         ValueError: If the fraction is not between 0 and 1, or a class would be missing from one of the parts.
     """
     if not 0 < owner_fraction < 1:
-        raise ValueError(f"owner_fraction is {owner_fraction}; it must lie between 0 and 1. Pass 0.5, say.")
+        raise ValueError(f"owner_fraction is {owner_fraction}; it must lie between 0 and 1. Pass 0.75, say.")
     labels = np.asarray(column_values(train, find_columns(train)[1]))
     parts = stratified_pieces(labels, [round(owner_fraction * len(labels))], seed)
     for name, part in zip(("owner", "attacker"), parts, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ class Measurement:
     """Probes on the features of a model without a head."""
     weights: Mapping[str, str] | None = None
     """Digest of every weight file of the protected model, where that is known."""
+    images: Mapping[str, str | None] = field(default_factory=dict)
+    """Fingerprint of the content of "source", "attacker", "validation" and "test", where that is known."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,13 @@ def measure_protection(
             any.
 
     Raises:
+        TypeError: If a model is given instead of a folder.
         ValueError: If the model has no head for the authorized classes and ``source_train`` is not given, or images
             have no labels, or the two models are of different architectures.
     """
+    for name, path in (("unprotected", unprotected), ("protected", protected)):
+        if not isinstance(path, (str, Path)):
+            raise TypeError(f"{name} is {type(path).__name__}; needed: a folder or Hub id. Save the model first.")
     check_sample_sizes(sample_sizes)
     accuracy, utility = measure_source(unprotected, protected, source_test, source_train)
     sparsity = measure_sparsity(load_model(str(protected)), source_test, requested_sparsity)
@@ -168,6 +174,12 @@ def measure_protection(
         transfer.protocol,
         utility,
         weight_digests(protected),
+        {
+            "source": source_test.content,
+            "attacker": target.train.content,
+            "validation": target.validation.content,
+            "test": target.test.content,
+        },
     )
 
 

@@ -60,7 +60,7 @@ class AttackData:
 
         Raises:
             TypeError: If they are not `PixelDataset`s.
-            ValueError: If a part has no labels, or their classes have other names, or another order.
+            ValueError: If a part has no labels, or is another one, or their classes have other names or another order.
         """
         for name in ("train", "validation", "test", "source"):
             if name != "source" or self.source is not None:
@@ -69,6 +69,12 @@ class AttackData:
                     raise ValueError(
                         f"the images of {name!r} have no labels; needed: labelled ones, or every accuracy would be 0."
                     )
+        prints = {name: getattr(self, name).fingerprint for name in ("train", "validation", "test")}
+        if len(set(prints.values())) < len(prints):
+            raise ValueError(
+                "two of train, validation and test are the same images: learning rates would be chosen on what is "
+                "trained on or reported; needed: parts of their own. Divide the data, as load_domain does."
+            )
         names = {name: getattr(self, name).class_names for name in ("train", "validation", "test")}
         known = {name: tuple(classes) for name, classes in names.items() if classes}
         if len(set(known.values())) > 1:

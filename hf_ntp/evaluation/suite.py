@@ -34,6 +34,19 @@ def baseline_of(attack: Attack) -> Attack:
     return attack if attack.needs_source else FineTuning(longer=attack.longer if isinstance(attack, FineTuning) else 1)
 
 
+def check_suite(starts: Mapping[str, str], attacks: Sequence[str], sample_sizes: Sequence[int]) -> None:
+    """Raise ``ValueError`` for what :func:`run_attacks` cannot run, whatever the images."""
+    check_sample_sizes(sample_sizes)
+    if unknown := sorted(set(attacks) - ATTACKS.keys()):
+        raise ValueError(f"attacks are {unknown}; needed: names among {', '.join(ATTACKS)}.")
+    if "protected" not in starts or "scratch" in starts or any("/" in start for start in starts) or not attacks:
+        raise ValueError(
+            f"starts are {list(starts)} and attacks {list(attacks)}; needed: one start called 'protected', none "
+            "called 'scratch' (it is added), none with a slash, and at least one attack."
+        )
+    check_same_architecture(starts)
+
+
 def run_attacks(
     starts: Mapping[str, str],
     data: AttackData,
@@ -76,15 +89,7 @@ def run_attacks(
         FloatingPointError: If scratch training diverges, or plain fine-tuning of the unprotected model, or every
             attack on the protected one: there would be nothing to compare with.
     """
-    check_sample_sizes(sample_sizes)
-    if unknown := sorted(set(attacks) - ATTACKS.keys()):
-        raise ValueError(f"attacks are {unknown}; needed: names among {', '.join(ATTACKS)}.")
-    if "protected" not in starts or "scratch" in starts or any("/" in start for start in starts) or not attacks:
-        raise ValueError(
-            f"starts are {list(starts)} and attacks {list(attacks)}; needed: one start called 'protected', none "
-            "called 'scratch' (it is added), none with a slash, and at least one attack."
-        )
-    check_same_architecture(starts)
+    check_suite(starts, attacks, sample_sizes)
     protocol = protocol or FineTuneProtocol()
     not_run = {start: _unsuitable(Arm(start, path), attacks, data) for start, path in starts.items()}
     arms = [

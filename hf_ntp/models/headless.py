@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -265,19 +265,20 @@ class EncoderWithHead(PreTrainedModel):
         """Try the encoder on an empty image, freeze what has no part in its features, and return their width."""
         training = self.encoder.training
         self.encoder.eval()
+        parameters = {n: p for n, p in self.encoder.named_parameters() if p.is_floating_point()}
+        trained = [parameter.requires_grad for parameter in parameters.values()]
         config: Any = getattr(self.get_submodule(self.body_name), "config", self.config)
         size = getattr(config, "image_size", None) or _USUAL_SIZE
         height, width = (size, size) if isinstance(size, int) else size
         images = torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=self.device)
         try:
             with torch.enable_grad():
+                for parameter in parameters.values():
+                    parameter.requires_grad_(True)  # what the user froze has a part all the same
                 features, _ = self._encode(images.to(self.dtype), output_hidden_states=False)
                 if features.dim() != 2:
                     raise ValueError(f"features of shape {list(features.shape)} instead of [N, D]")
-                trainable = [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
-                used: Sequence[Tensor | None] = trainable
-                if features.requires_grad:
-                    used = torch.autograd.grad(features.sum(), trainable, allow_unused=True)
+                used = torch.autograd.grad(features.sum(), list(parameters.values()), allow_unused=True)
         except Exception as error:  # whatever an unknown architecture does with an image
             raise ValueError(
                 f"{type(self.encoder).__name__} has no classification head, and no pooled features [N, D] could be "
@@ -285,8 +286,13 @@ class EncoderWithHead(PreTrainedModel):
                 "pixel_values and returns pooler_output or last_hidden_state. Name it with encoder_name, such as "
                 "'vision_model', or load the encoder alone."
             ) from error
-        for parameter, gradient in zip(trainable, used, strict=True):
-            parameter.requires_grad_(gradient is not None)
+        finally:
+            for parameter, was in zip(parameters.values(), trained, strict=True):
+                parameter.requires_grad_(was)
+        # Names of what has no part in the features.
+        self.unused = {name for name, gradient in zip(parameters, used, strict=True) if gradient is None}
+        for name in self.unused:
+            parameters[name].requires_grad_(False)
         self.encoder.train(training)
         return features.shape[1]
 

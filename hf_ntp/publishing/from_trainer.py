@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +54,7 @@ def write_folder(
 
     Raises:
         ValueError: If the model is not protected yet, or the measurement is of another one, or one domain of several,
+            or made with images that the protection has seen or the references do not name, or these are swapped,
             or the folder holds files that are not published with a model, or cannot be replaced as a whole.
     """
     if repo_id != NO_REPO:
@@ -83,6 +84,10 @@ def write_folder(
             f"{len(targets)} were protected; needed: one of each. Protect several with recipes/ntp_vit.py, which "
             "measures and reports all, or leave the measurement out."
         )
+    seen = {name: getattr(data, "content", None) for name, data in trainer.train_dataset.targets.items()}
+    _check_sides(source, targets, getattr(images, "content", None), seen.values())
+    if measured is not None:
+        _check_images(measured.images, source[0].fingerprint, targets[0].fingerprint, seen.values())
     with whole_folder(folder) as staged:
         model.save_pretrained(staged)
         if trainer.processing_class is not None:
@@ -109,6 +114,46 @@ def write_folder(
         )
         write_report(staged, record, results, repo_id=repo_id)
         _check_replaceable(folder, os.listdir(staged))
+
+
+def _check_sides(
+    source: Sequence[DomainReference],
+    targets: Sequence[DomainReference],
+    authorized: str | None,
+    unauthorized: Iterable[str | None],
+) -> None:
+    """Raise ``ValueError`` where references of one side have the images that the other side was trained with."""
+    known = {
+        side: {content for reference in references for content in reference.fingerprint.values()}
+        for side, references in (("source", source), ("targets", targets))
+    }
+    if authorized in known["targets"] or known["source"] & set(unauthorized):
+        raise ValueError(
+            "source and targets are swapped: the protection was trained the other way round, and the record would "
+            "authorize what it protects against. Needed: the authorized domains as source, the others as targets."
+        )
+
+
+def _check_images(
+    measured: Mapping[str, str | None],
+    source: Mapping[str, str],
+    target: Mapping[str, str],
+    seen: Collection[str | None],
+) -> None:
+    """Raise ``ValueError`` where a measurement took other images than the references name, or seen ones."""
+    attacker = {part: measured.get(part) for part in ("attacker", "validation", "test")}
+    if overlap := sorted(part for part, content in attacker.items() if content is not None and content in seen):
+        raise ValueError(
+            f"the protection has seen the images that were measured with as {', '.join(overlap)}; needed: images that "
+            "it has not seen, or the card would promise what was not measured. Divide them with split_owner_attacker."
+        )
+    named = {f"targets: {part}": (content, target.get(part)) for part, content in attacker.items()}
+    named["source: test"] = measured.get("source"), source.get("test")
+    if others := sorted(part for part, (took, says) in named.items() if None not in (took, says) and took != says):
+        raise ValueError(
+            f"the measurement took other images than the references name ({', '.join(others)}); needed: the same, or "
+            "the record would speak of others. Pass to DomainReference.of what was measured with."
+        )
 
 
 def _check_place(folder: Path) -> None:

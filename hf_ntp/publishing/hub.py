@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.utils import validate_repo_id
 
 from ..metrics import SLC_AUC
 from .card import card_repo_id
@@ -53,13 +54,14 @@ def push_folder(
 
     Raises:
         RecordError: If there is no record, the folder is not the one it speaks of, or the signature does not fit.
-        ValueError: If the card's metadata is invalid or it names another repository or none, or the repository is
-            public and ``private`` was not set to False.
+        ValueError: If ``repo_id`` is no name, or the card's metadata is invalid or it names another repository or
+            none, or the repository is public and ``private`` was not set to False.
         HubError: If the Hub cannot be reached or refuses; the branch is as it was before, unless the message says
             otherwise.
     """
     if gated not in ("auto", "manual", False):
         raise ValueError(f"found gated={gated!r}; needed: 'auto', 'manual' or False")
+    validate_repo_id(repo_id)
     verified = verify_folder(folder, public_key)
     named, repo_id = card_repo_id(folder), full_repo_id(repo_id, token, timeout)
     if named is not None and named != repo_id:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -25,6 +26,8 @@ from .results import RESULTS_FILE, read_results
 from .strict_json import strict_json
 from .verify import verify_folder
 from .wording import domain_names
+
+logger = logging.getLogger(__name__)
 
 CURVES_FIGURE = "slc.png"
 _ENVIRONMENT = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "scikit-learn")
@@ -180,7 +183,9 @@ def refresh_report(
         "not_tested": not_tested(evidence, list(files)),
     }
     encode_record(record)  # what cannot be written is an error before anything is changed
-    (folder / SIGNATURE_FILE).unlink(missing_ok=True)
+    if (folder / SIGNATURE_FILE).exists():
+        (folder / SIGNATURE_FILE).unlink()
+        logger.warning("%s was signed, and its record is another now: the signature is removed. Sign it anew.", folder)
     write_report(folder, record, results, suites, repo_id or card_repo_id(folder) or NO_REPO)
 
 

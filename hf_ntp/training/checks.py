@@ -10,10 +10,39 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from ..models import blocks_of, has_batch_norm, has_head, layers_with_weights, plain_model, reconstructs
+from ..models import (
+    EncoderWithHead,
+    blocks_of,
+    has_batch_norm,
+    has_head,
+    layers_with_weights,
+    plain_model,
+    reconstructs,
+)
 from .config import NTPConfig
 
 logger = logging.getLogger(__name__)
+
+
+def check_apart(source: Dataset, targets: Mapping[str, Dataset], held_out: object) -> None:
+    """Refuse images that are authorized and not; say so where ``held_out`` ones are those that are trained on.
+
+    Raises:
+        ValueError: If source and a target are the same.
+    """
+    trained = getattr(source, "fingerprint", None)
+    if trained is None:
+        return
+    if same := [name for name, data in targets.items() if getattr(data, "fingerprint", None) == trained]:
+        raise ValueError(
+            f"train_dataset and the target {', '.join(same)} are the same images; needed: other ones that are not "
+            "authorized."
+        )
+    if getattr(held_out, "fingerprint", None) == trained:
+        logger.warning(
+            "eval_dataset is train_dataset: source_tolerance is judged on images that the original knows by heart, "
+            "and will hold the protection back. Pass images that it was not trained on."
+        )
 
 
 def check_sizes(source: Dataset, targets: Mapping[str, Dataset]) -> None:
@@ -116,10 +145,12 @@ def check_fit(network: PreTrainedModel, args: NTPConfig, rows: int, targets: int
 
 def warn_of_frozen_layers(network: PreTrainedModel, head_name: str) -> None:
     """Say so where layers would not be protected, and could be trained by an attacker all the same."""
+    unused = network.unused if isinstance(network, EncoderWithHead) else set()
     fixed = [
         name
         for name, layer in layers_with_weights(network).items()
         if name != head_name and not layer.weight.requires_grad
+        if f"{name}.weight".removeprefix("encoder.") not in unused
     ]
     if fixed:
         logger.warning(

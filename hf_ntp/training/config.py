@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from .arguments import PRESETS, ProtectionArguments
@@ -92,6 +94,20 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
                 "push_to_hub is on and target_access is 'none': nothing says what the record is to call unauthorized. "
                 "Needed: False. Call push_to_hub(targets=[DomainReference(...)]) when training is over."
             )
+        if self.metric_for_best_model is not None and self.save_total_limit == 1:
+            raise ValueError(
+                "save_total_limit is 1 and metric_for_best_model is set: Trainer would end with the best checkpoint "
+                "alone, often one from before the mask was fixed; needed: a limit of 2 or more, which keeps the last."
+            )
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}; needed: 'random'. Images of several "
+                "domains are paired in an order of their own, and which ones an attacker gets depends on it."
+            )
+        self._take_from_launcher()
+        TrainingArguments.__post_init__(self)
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"mixed precision is {self.mixed_precision!r}; needed: 'no', 'bf16' or 'fp16'.")
         if self.fp16 and self.max_grad_norm == 0:
             raise ValueError(
                 "fp16 is on and max_grad_norm is 0: gradients are still scaled when the ADMM penalty is added. "
@@ -102,7 +118,6 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
                 f"fp16 is on with {self.attackers} simulated attackers, whose gradients would underflow without a "
                 "loss scale of their own. Use bf16, or attackers=0."
             )
-        TrainingArguments.__post_init__(self)
         checkpointing: Any = self.gradient_checkpointing_kwargs or {}
         if self.gradient_checkpointing and self.ddp_find_unused_parameters is None:
             # Off in Trainer with checkpointing: DDP would wait for parameters that a model does not use (DINOv2).
@@ -115,6 +130,20 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
         if self.hub_private_repo is None:
             # Trainer creates the repository when training starts; who wants the world to see it says so.
             self.hub_private_repo = True
+
+    def _take_from_launcher(self) -> None:
+        """Take over what ``accelerate launch`` or its configuration file chose, so that checks and record know it.
+
+        Accelerate reads it from the environment, past `TrainingArguments`.
+        """
+        if parse_flag_from_env("ACCELERATE_USE_CPU"):
+            self.use_cpu = True
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision in ("bf16", "fp16") and not (self.bf16 or self.fp16):
+            setattr(self, precision, True)
+        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+        if backend != "no" and not self.torch_compile:
+            self.torch_compile, self.torch_compile_backend = True, backend
 
     @classmethod
     def from_preset(cls, name: str, **options: Any) -> NTPConfig:

@@ -64,7 +64,8 @@ def check_processes(
             "at a time and would get each other's statistics; needed: BatchNorm, or attackers=0."
         )
     loader: Any = args.accelerator_config
-    if args.world_size > 1 and (loader.split_batches or loader.dispatch_batches or not loader.even_batches):
+    # One process that dispatches cuts the attackers' images to the size of the batch.
+    if loader.dispatch_batches or (args.world_size > 1 and (loader.split_batches or not loader.even_batches)):
         raise ValueError(
             f"accelerator_config has split_batches={loader.split_batches}, dispatch_batches={loader.dispatch_batches} "
             f"and even_batches={loader.even_batches}; needed: False, None and True, so that every process reads its "

@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from peft import PeftModel
@@ -31,7 +32,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from ..data import fingerprint_of
+from ..data import fingerprint_of, has_labels
 from ..interruption import KeptSignals
 from ..models import (
     batch_norms,
@@ -57,7 +58,7 @@ from ..run_folder import remove, whole_model, writing
 from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
 from .checkpoint import RunState, check_settings, last_checkpoint, load_state, load_weights_strictly, save_state
-from .checks import check_call, check_fit, check_sizes, matches_features, warn_of_frozen_layers
+from .checks import check_apart, check_call, check_fit, check_sizes, matches_features, warn_of_frozen_layers
 from .config import NTPConfig
 from .distributed import check_processes, choose_units
 from .domains import Joined, check_task, classifies, held_out, shares_of, source_domain, target_domains
@@ -230,6 +231,8 @@ class NTPTrainer(Trainer):
         paired = PairedDataset(source, targets, source_transform, seed, compared)
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
         check_sizes(source, targets)
+        evaluated = evaluation_data(eval_dataset, processing_class, labelled=not self._headless)
+        check_apart(source, targets, evaluated)
         if not self._headless:
             check_call(network, source)
         check_fit(network, args, len(paired), len(targets))
@@ -251,7 +254,7 @@ class NTPTrainer(Trainer):
             args=args,
             data_collator=collate,
             train_dataset=paired,
-            eval_dataset=evaluation_data(eval_dataset, processing_class, labelled=not self._headless),
+            eval_dataset=evaluated,
             processing_class=processing_class,
             compute_metrics=compute_metrics if has_classes or compute_metrics is not accuracy else None,
             callbacks=callbacks,
@@ -631,14 +634,15 @@ class NTPTrainer(Trainer):
         return super().get_eval_dataloader(self._as_pixels(eval_dataset, name))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """Trainer's, for images, too."""
-        return super().get_test_dataloader(self._as_pixels(test_dataset, "test_dataset"))
+        """Trainer's, for images, too, with labels or without."""
+        labelled = not isinstance(test_dataset, datasets.Dataset) or has_labels(test_dataset)
+        return super().get_test_dataloader(self._as_pixels(test_dataset, "test_dataset", labelled))
 
-    def _as_pixels(self, data: Any, name: str) -> Any:
+    def _as_pixels(self, data: Any, name: str, labelled: bool = True) -> Any:
         processor: Any = self.processing_class
         if isinstance(data, PairedDataset):  # the training set, whose authorized rows are what can be evaluated
             data = data.source
-        return as_pixels(data, processor, name, labelled=not self._headless)
+        return as_pixels(data, processor, name, labelled=labelled and not self._headless)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return self.paired_sampler

@@ -100,3 +100,35 @@ def test_ddp_does_not_wait_for_what_checkpointed_models_do_not_use(tmp_path):
     assert config_of(tmp_path).ddp_find_unused_parameters is None
     reentrant = {"gradient_checkpointing_kwargs": {"use_reentrant": True}, "attackers": 0}
     assert config_of(tmp_path, gradient_checkpointing=True, **reentrant).ddp_find_unused_parameters is False
+
+
+def test_what_the_launcher_chose_is_known(tmp_path, monkeypatch):
+    """`accelerate launch --mixed_precision bf16 --cpu`: Accelerate reads it past TrainingArguments."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    config = NTPConfig(output_dir=str(tmp_path), report_to="none")
+    assert config.bf16
+    assert config.use_cpu
+    assert config.summary()["bf16"]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="fp16 is on with 4 simulated attackers"):
+        config_of(tmp_path)
+    assert config_of(tmp_path, attackers=0).fp16
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ValueError, match="mixed precision is 'fp8'; needed: 'no', 'bf16' or 'fp16'"):
+        config_of(tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    config = config_of(tmp_path)
+    assert (config.torch_compile, config.torch_compile_backend) == (True, "eager")
+
+
+def test_the_best_checkpoint_does_not_replace_the_last(tmp_path):
+    with pytest.raises(ValueError, match="save_total_limit is 1 and metric_for_best_model is set"):
+        config_of(tmp_path, save_total_limit=1, metric_for_best_model="loss")
+    assert config_of(tmp_path, save_total_limit=2, metric_for_best_model="loss").metric_for_best_model == "loss"
+
+
+def test_another_order_of_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="train_sampling_strategy is 'sequential'; needed: 'random'"):
+        config_of(tmp_path, train_sampling_strategy="sequential")

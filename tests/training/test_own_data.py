@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import TrainerCallback, TrainingArguments, ViTForImageClassification, ViTImageProcessorPil
+from transformers import TrainerCallback, TrainingArguments, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
 from hf_ntp import NTPTrainer, PixelDataset
 from hf_ntp.data import MOST_CLASSES
@@ -55,7 +55,21 @@ def test_evaluation_and_prediction_take_images(tmp_path):
     expected = ours.evaluate()["eval_accuracy"]
     assert ours.evaluate(held_out)["eval_accuracy"] == expected
     assert ours.evaluate({"a": held_out})["eval_a_accuracy"] == expected
-    assert ours.predict(held_out).predictions.shape == (8, 4)
+    found = ours.predict(held_out)
+    assert found.predictions.shape == (8, 4)
+    without = ours.predict(held_out.remove_columns("label"))
+    assert without.label_ids is None
+    assert np.array_equal(without.predictions, found.predictions)
+
+
+def test_images_on_both_sides(tmp_path, caplog):
+    source = images([0, 1, 2, 3] * 3)
+    with_images(tmp_path, source, images([0, 1, 2, 3]))
+    assert "eval_dataset is train_dataset" not in caplog.text
+    with_images(tmp_path, source, source)
+    assert "eval_dataset is train_dataset: source_tolerance is judged on images" in caplog.text
+    with pytest.raises(ValueError, match="train_dataset and the target target are the same images"):
+        with_images(tmp_path, images([0, 1] * 6), model=tiny_vit(2))
 
 
 @pytest.mark.parametrize("name", ["labels", "label"])
@@ -94,6 +108,20 @@ def test_frozen_layers_are_said(tmp_path, caplog):
     model.vit.layers[0].requires_grad_(False)
     trainer(tmp_path, model)
     assert "6 layers are frozen (vit.layers.0" in caplog.text
+
+
+def test_what_has_no_part_in_features_is_not_called_frozen(tmp_path, caplog):
+    """An unused pooler: unfreezing it, as the warning advises, would change nothing."""
+    encoder = ViTModel(tiny_vit().config)
+    for _ in range(2):
+        trainer(tmp_path, encoder)
+        assert "frozen" not in caplog.text
+    assert not encoder.pooler.dense.weight.requires_grad
+    encoder.layers[0].requires_grad_(False)
+    ours = trainer(tmp_path, encoder)
+    assert "6 layers are frozen (encoder.layers.0" in caplog.text
+    assert not encoder.layers[0].attention.q_proj.weight.requires_grad
+    assert ours.model.unused == {"pooler.dense.weight", "pooler.dense.bias"}
 
 
 class Keeper(TrainerCallback):
