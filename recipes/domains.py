@@ -122,7 +122,6 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
 
     Raises:
         ValueError: For options that do not fit the model or the domains.
-        TypeError: For options of the scheduler that are none.
         RuntimeError: If a tool that training is to be reported to is not installed.
     """
     import torch
@@ -148,7 +147,13 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
     Trainer.get_optimizer_cls_and_kwargs(config, network)
     optimizer = torch.optim.SGD(network.parameters(), config.learning_rate)
     kwargs: Any = config.lr_scheduler_kwargs
-    get_scheduler(config.lr_scheduler_type, optimizer, 1, 2, kwargs)
+    try:
+        get_scheduler(config.lr_scheduler_type, optimizer, 1, 2, kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs is {kwargs} with lr_scheduler_type {str(config.lr_scheduler_type)!r} ({error}); "
+            "needed: the options of that scheduler, as numbers (YAML takes 1e-4 for text: write 1.0e-4)."
+        ) from error
     for callback in get_reporting_integration_callbacks(config.report_to):
         callback()
 

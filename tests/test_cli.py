@@ -29,7 +29,7 @@ def run(capsys, *argv):
     return code, capsys.readouterr()
 
 
-def test_a_folder_from_report_to_verification(folder, tmp_path, capsys):
+def test_a_folder_from_report_to_verification(folder, tmp_path, capsys, caplog):
     private, public = make_keys(tmp_path)
     (tmp_path / "attacks.json").write_text(json.dumps(make_attacks() | {"weights": weight_digests(folder)}))
     code, _ = run(capsys, "report", folder, "--attacks", tmp_path / "attacks.json", "--repo_id", "org/photos-only")
@@ -42,6 +42,9 @@ def test_a_folder_from_report_to_verification(folder, tmp_path, capsys):
     assert "NOT authorized  scans (org/scans)" in printed.out
     assert "worst attack    all weights tuned on scans: SLC-AUC +0.050 (normalized), 25 %" in printed.out
     assert "NOT checked whose record that is" in run(capsys, "verify", folder)[1].out
+    assert "Sign it anew" not in caplog.text
+    run(capsys, "report", folder, "--license", "mit")
+    assert "was signed, and its record is another now: the signature is removed. Sign it anew" in caplog.text
 
 
 def test_one_json_document(folder, tmp_path, capsys):

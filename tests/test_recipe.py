@@ -242,7 +242,7 @@ def test_bad_input_stops_before_any_training(recipe, tmp_path, options, error, m
     [
         (ntp_vit, "--source_loss reconstruction", "source_loss is 'reconstruction' and the model is ViTForImage"),
         (ntp_ssl, "--source_loss labels", "source_loss is 'labels' but the model has no classification head"),
-        (ntp_ssl, "--adapter keep", "adapter is 'keep' and the model, ViT.*, carries no adapter"),
+        (ntp_ssl, "--lr_scheduler_type warmup_stable_decay", "with lr_scheduler_type .*num_decay_steps"),
         (ntp_vit, "--per_device_train_batch_size 1", "a batch has one image of each domain"),
         (
             ntp_ssl,
@@ -427,10 +427,28 @@ def test_epochs_on_the_command_line_replace_the_files_steps(recipe, tmp_path, ep
     assert (ntp.num_train_epochs, ntp.max_steps) == (3.0, -1)
 
 
-def test_pushing_is_a_step_of_its_own(recipe, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--push_to_hub true --hub_strategy end", "hf-ntp push OUTPUT_DIR/protected"),
+        ("--adapter merge", "Give a PeftModel to NTPTrainer"),
+    ],
+)
+def test_what_is_not_for_recipes(recipe, tmp_path, capsys, options, said):
     with pytest.raises(SystemExit):
-        recipe.parse(["--output_dir", str(tmp_path), "--push_to_hub", "true", "--hub_strategy", "end"])
-    assert "hf-ntp push OUTPUT_DIR/protected" in capsys.readouterr().err
+        recipe.parse(["--output_dir", str(tmp_path), *options.split()])
+    assert said in capsys.readouterr().err
+
+
+def test_another_image_processor(recipe, tmp_path):
+    """As for DINOv3, whose own is for torchvision alone."""
+    tiny_vit().save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "other")
+    own = ["--model_name_or_path", str(tmp_path / "model"), *DEMO]
+    with pytest.raises(OSError, match="image processor"):
+        recipe.base_model(*recipe.parse(own), ["cat", "dog"])
+    arguments, config = recipe.parse([*own, "--image_processor", str(tmp_path / "other")])
+    assert recipe.base_model(arguments, config, ["cat", "dog"]).processor.size == {"height": 8, "width": 8}
 
 
 def test_help_is_quick():
@@ -526,3 +544,4 @@ def test_bad_options_of_the_attack_recipe(finished, tmp_path, capsys, options, s
     with pytest.raises((SystemExit, ValueError)) as stopped:
         ntp_attack.main(attack_options(finished[0], tmp_path / "out", *options))
     assert said in str(stopped.value) + capsys.readouterr().err
+    assert not (tmp_path / "out").exists(), "the corrected command may use it"

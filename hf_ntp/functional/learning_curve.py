@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -37,8 +38,10 @@ class Interval(NamedTuple):
 
 
 def check_sample_sizes(sample_sizes: Sequence[int]) -> None:
-    """Raise ``ValueError`` unless the sizes are at least two, positive and strictly increasing."""
+    """Raise ``ValueError`` unless the sizes are at least two numbers, positive and strictly increasing."""
     sizes = list(sample_sizes)
+    if not all(isinstance(size, Real) for size in sizes):
+        raise ValueError(f"sample_sizes are {sizes}; needed: numbers of images.")
     if len(sizes) < 2 or sizes[0] <= 0 or any(b <= a for a, b in pairwise(sizes)):
         raise ValueError(
             f"sample_sizes are {sizes}; needed: at least two positive sizes in strictly increasing order. "
@@ -49,7 +52,13 @@ def check_sample_sizes(sample_sizes: Sequence[int]) -> None:
 def _gap(transfer: Curve, scratch: Curve, sample_sizes: Sequence[int]) -> Tensor:
     """Return the accuracy gap [..., sizes] after checking that both curves stand on one grid."""
     check_sample_sizes(sample_sizes)
-    ours, reference = (torch.as_tensor(curve, dtype=torch.float64) for curve in (transfer, scratch))
+    try:
+        ours, reference = (torch.as_tensor(curve, dtype=torch.float64) for curve in (transfer, scratch))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the curves are no numbers of one shape ({error}); needed: one accuracy per size, of every seed. Drop "
+            "failed runs."
+        ) from error
     for name, curve in (("transfer", ours), ("scratch", reference)):
         if curve.dim() == 0 or curve.shape[-1] != len(sample_sizes):
             raise ValueError(

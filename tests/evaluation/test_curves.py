@@ -430,6 +430,11 @@ def test_parts_of_other_classes_are_refused(attack):
         AttackData(attack.train, attack.validation, other)
 
 
+def test_parts_that_are_one_are_refused(attack):
+    with pytest.raises(ValueError, match="two of train, validation and test are the same images"):
+        AttackData(attack.train, attack.validation, attack.train)
+
+
 def test_several_processes_need_a_folder_they_share(checkpoints, attack, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched and cache_dir is None"):

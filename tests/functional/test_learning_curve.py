@@ -57,6 +57,14 @@ def test_bad_sizes(sizes):
         check_sample_sizes(sizes)
 
 
+def test_what_are_no_numbers():
+    with pytest.raises(ValueError, match=r"sample_sizes are \['10', '100'\]; needed: numbers"):
+        slc_auc([0.5, 0.6], [0.5, 0.6], ["10", "100"])
+    for bad in ([0.5, None], [[0.5, 0.6], [0.5]]):
+        with pytest.raises(ValueError, match="the curves are no numbers of one shape"):
+            slc_auc(bad, bad, [10, 100])
+
+
 def test_different_grids():
     with pytest.raises(ValueError, match="same grid"):
         slc_auc(TRANSFER, SCRATCH[:2], SIZES)
