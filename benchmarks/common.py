@@ -21,9 +21,13 @@ def write_results(results: dict[str, Any], rows: str, out: Path) -> None:
 
 def into_readme(name: str, rows: str) -> None:
     """Replace the table of a name in the README: what stands between ``<!-- name table -->`` and its end."""
-    before, mark, rest = README.read_text().partition(f"<!-- {name} table -->\n")
-    _, end, after = rest.partition(f"<!-- end of {name} table -->")
-    README.write_text(f"{before}{mark}{rows}\n\n{end}{after}")
+    marks = f"<!-- {name} table -->\n", f"<!-- end of {name} table -->"
+    before, begin, rest = README.read_text().partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not (begin and end):
+        raise ValueError(f"{README} has no place for the table {name}; needed: {' and '.join(map(str.strip, marks))}.")
+    with whole_file(README) as staged:
+        staged.write_text(f"{before}{begin}{rows}\n\n{end}{after}")
 
 
 def rounded(value: Any) -> Any:

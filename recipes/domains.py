@@ -125,7 +125,7 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
         RuntimeError: If a tool that training is to be reported to is not installed.
     """
     import torch
-    from transformers import Trainer, get_scheduler
+    from transformers import SchedulerType, Trainer, get_scheduler
     from transformers.integrations import get_reporting_integration_callbacks
 
     from hf_ntp.models import find_head, with_head
@@ -149,9 +149,10 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
     kwargs: Any = config.lr_scheduler_kwargs
     try:
         get_scheduler(config.lr_scheduler_type, optimizer, 1, 2, kwargs)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
+        kind = SchedulerType(config.lr_scheduler_type).value
         raise ValueError(
-            f"lr_scheduler_kwargs is {kwargs} with lr_scheduler_type {str(config.lr_scheduler_type)!r} ({error}); "
+            f"lr_scheduler_kwargs is {kwargs} with lr_scheduler_type {kind!r} ({error}); "
             "needed: the options of that scheduler, as numbers (YAML takes 1e-4 for text: write 1.0e-4)."
         ) from error
     for callback in get_reporting_integration_callbacks(config.report_to):

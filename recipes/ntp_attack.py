@@ -140,11 +140,18 @@ def main(argv: list[str]) -> dict[str, Any]:
     protocol = hf_ntp.FineTuneProtocol(
         arguments.steps, arguments.batch_size, tuple(arguments.learning_rates), extensions=arguments.extensions
     )
+    starts = {"protected": arguments.checkpoint}
+    if arguments.unprotected is not None:
+        starts["unprotected"] = arguments.unprotected
+    if arguments.reference is not None:
+        starts["reference"] = arguments.reference
+    check_suite(starts, attacks, arguments.sample_sizes)
     (target,) = domains.load(arguments, "target").values()
     check_target(target["train"]["label"])
     parts = {"attacker": target["train"], "validation": target["validation"], "test": target["test"]}
     if arguments.owner_fraction > 0:
         _, parts["attacker"] = hf_ntp.split_owner_attacker(target["train"], arguments.owner_fraction)
+    domains.check_sizes(parts["attacker"], arguments.sample_sizes, arguments.seeds)
     processor = AutoImageProcessor.from_pretrained(arguments.checkpoint, backend="pil")
     source = None
     if arguments.source_dataset is not None:
@@ -161,13 +168,6 @@ def main(argv: list[str]) -> dict[str, Any]:
         kept = [hf_ntp.PixelDataset.from_dataset(third[part], processor) for part in parts]
         elsewhere[name] = hf_ntp.AttackData(*kept)
         pixels += kept
-    starts = {"protected": arguments.checkpoint}
-    if arguments.unprotected is not None:
-        starts["unprotected"] = arguments.unprotected
-    if arguments.reference is not None:
-        starts["reference"] = arguments.reference
-    check_suite(starts, attacks, arguments.sample_sizes)
-    domains.check_sizes(parts["attacker"], arguments.sample_sizes, arguments.seeds)
     # What lies under a name may be another thing tomorrow, and the controls would not be its any more.
     found = {
         "weights_of_starts": {start: weight_digests(local_folder(name)) for start, name in starts.items()},

@@ -12,6 +12,7 @@ from transformers import ViTImageProcessorPil
 
 import hf_ntp
 from hf_ntp import PixelDataset, cli
+from hf_ntp.data import Content
 from hf_ntp.publishing.report import write_report
 from hf_ntp.run_folder import weight_digests
 
@@ -80,12 +81,13 @@ def test_python_examples(blocks, tmp_path, monkeypatch):
     assert record["source_accuracy"]["after"] == space["measured"].accuracy.after
     assert [domain["name"] for domain in record["unauthorized_domains"]] == ["optdigits"]
     trainer, measured, folder = space["trainer"], space["measured"], tmp_path / "wrong"
-    seen = PixelDataset.from_dataset(space["owner"], space["processor"]).content
+    seen = PixelDataset.from_dataset(space["owner"], space["processor"]).contents
     other = replace(measured, images=measured.images | {"attacker": seen})
     with pytest.raises(ValueError, match="the protection has seen the images that were measured with as attacker"):
         hf_ntp.write_folder(trainer, folder, "ORG/NAME", *space["domains"], measured=other)
-    other = replace(measured, images=measured.images | {"test": "0", "source": "1"})
-    with pytest.raises(ValueError, match=r"other images than the references name \(source: test, targets: test\)"):
+    others = frozenset([Content("0" * 64, "1" * 64)])
+    other = replace(measured, images=measured.images | {"test": others, "source": others})
+    with pytest.raises(ValueError, match=r"than the references name \(targets: test, source: test\)"):
         hf_ntp.write_folder(trainer, folder, "ORG/NAME", *space["domains"], measured=other)
     with pytest.raises(ValueError, match="source and targets are swapped"):
         hf_ntp.write_folder(trainer, folder, "ORG/NAME", *reversed(space["domains"]))

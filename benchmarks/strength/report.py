@@ -31,7 +31,7 @@ def summary(results: dict[str, Any]) -> str:
         if not cells:
             continue
         numbers = np.array([_numbers(cell) for cell in cells.values()], dtype=float)
-        means = [*numbers[:, :5].mean(axis=0), *numbers[:, 5:].clip(0).mean(axis=0)]
+        means = [*numbers[:, :5].mean(axis=0), *np.nanmean(numbers[:, 5:].clip(0), axis=0)]
         for (name, cell), row in zip(cells.items(), numbers, strict=True):
             attack = attack_label(cell["adaptive"]["worst_case"]["protected"]["attack"])
             rows.append([f"{architecture}, {name.removeprefix(f'{key}/').replace('-', ' → ')}", *_texts(row), attack])
@@ -56,7 +56,11 @@ def _numbers(cell: dict[str, Any]) -> list[float | None]:
 
 def _texts(numbers: Sequence[float]) -> list[str]:
     accuracy, lost, *areas, retained, worst = numbers
-    return [f"{accuracy:.3f}", f"{lost:.1f}", *(f"{area:+.3f}" for area in areas), percent(retained), percent(worst)]
+    return [f"{accuracy:.3f}", f"{lost:.1f}", *(f"{area:+.3f}" for area in areas), *map(_share, (retained, worst))]
+
+
+def _share(value: float) -> str:
+    return percent(None if np.isnan(value) else value)
 
 
 def table(results: dict[str, Any]) -> str:

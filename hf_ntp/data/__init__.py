@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from .augmentation import RandomShift, RandomView
-from .columns import MOST_CLASSES, check_labels, check_target, dataset_fingerprint, find_columns, has_labels
+from .columns import MOST_CLASSES, Content, check_labels, check_target, dataset_fingerprint, find_columns, has_labels
 from .digits import mnist, optdigits
 from .domains import EMBEDDED_DOMAINS, load_domain
 from .images import PixelDataset, check_pixels, preprocess, to_rgb
 from .neighbourhood import Neighbourhood
 from .reference import DomainReference, domain_name
-from .rows import fetch_rows, fingerprint_of
+from .rows import contents_of, fetch_rows, fingerprint_of
 from .splits import nested_subsets, split_owner_attacker, stratified_pieces
 from .synthetic import mnistm, syn
 
 __all__ = [
     "EMBEDDED_DOMAINS",
     "MOST_CLASSES",
+    "Content",
     "DomainReference",
     "Neighbourhood",
     "PixelDataset",
@@ -24,6 +25,7 @@ __all__ = [
     "check_labels",
     "check_pixels",
     "check_target",
+    "contents_of",
     "dataset_fingerprint",
     "domain_name",
     "fetch_rows",

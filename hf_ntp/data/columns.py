@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import fsspec
@@ -78,8 +78,12 @@ def _label_column(dataset: datasets.Dataset, wanted: str | None) -> str:
 
 
 def has_labels(dataset: datasets.Dataset) -> bool:
-    """Whether any column could hold labels."""
-    return any(_can_be_label(feature) for feature in dataset.features.values())
+    """Whether there is a label column with labels in it, not withheld (-1 or missing) as in many test splits."""
+    try:
+        column = find_columns(dataset)[1]
+    except ValueError:
+        return False
+    return not set(column_values(dataset, column)) <= {-1, None}
 
 
 def _can_be_label(feature: object) -> bool:
@@ -157,6 +161,13 @@ def check_target(labels: Iterable[Any], dataset_name: str = "the target") -> Non
         )
 
 
+class Content(NamedTuple):
+    """SHA-256 (hex) of the stored images of a dataset in their order, with their labels and without."""
+
+    labelled: str
+    images: str
+
+
 def dataset_fingerprint(dataset: datasets.Dataset) -> str:
     """Hash the content of a labelled image dataset: stored image bytes, labels and their order.
 
@@ -172,8 +183,13 @@ def dataset_fingerprint(dataset: datasets.Dataset) -> str:
     Raises:
         ValueError: If the image or label column cannot be found.
     """
+    return dataset_content(dataset).labelled
+
+
+def dataset_content(dataset: datasets.Dataset) -> Content:
+    """Return :func:`dataset_fingerprint`, and the same without labels."""
     image_column, label_column = find_columns(dataset)
-    digest = hashlib.sha256()
+    digest, alone = hashlib.sha256(), hashlib.sha256()
     stored = dataset.select_columns([image_column, label_column]).with_format("arrow")
     for batch in stored.iter(batch_size=1000):
         images, labels = batch[image_column].to_pylist(), batch[label_column].to_pylist()
@@ -182,7 +198,9 @@ def dataset_fingerprint(dataset: datasets.Dataset) -> str:
             # Lengths first: without them, bytes could move from one field to the next unnoticed.
             digest.update(f"{len(content)} {label!r}\n".encode())
             digest.update(content)
-    return digest.hexdigest()
+            alone.update(f"{len(content)}\n".encode())
+            alone.update(content)
+    return Content(digest.hexdigest(), alone.hexdigest())
 
 
 def _image_bytes(stored: dict[str, Any] | None) -> bytes:

@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .columns import MOST_CLASSES, check_labels, column_values, dataset_fingerprint, find_columns, find_image_column
+from .columns import (
+    MOST_CLASSES,
+    Content,
+    check_labels,
+    column_values,
+    dataset_content,
+    find_columns,
+    find_image_column,
+)
 
 if TYPE_CHECKING:  # slow to import, and needed for annotations only
     from transformers.image_processing_utils import BaseImageProcessor
@@ -170,7 +178,9 @@ def preprocess(
         ValueError: If the processor, the columns or an image cannot be used, or the dataset is empty.
     """
     check_processor(image_processor)
-    return _preprocess(dataset, image_processor, _pixels_fingerprint(dataset, image_processor), num_proc)
+    return _preprocess(
+        dataset, image_processor, _pixels_fingerprint(dataset_content(dataset), image_processor), num_proc
+    )
 
 
 def _preprocess(
@@ -240,9 +250,9 @@ def check_pixels(data: object, name: str) -> None:
         )
 
 
-def _pixels_fingerprint(content: str, image_processor: BaseImageProcessor) -> str:
+def _pixels_fingerprint(content: Content, image_processor: BaseImageProcessor) -> str:
     settings = json.dumps([PIXELS_VERSION, image_processor.to_dict()], sort_keys=True, default=str)
-    return hashlib.sha256(f"{content} {settings}".encode()).hexdigest()
+    return hashlib.sha256(f"{content.labelled} {settings}".encode()).hexdigest()
 
 
 class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -252,7 +262,7 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
         pixels: What ``preprocess`` returns.
         image_processor: The image processor that ``preprocess`` was given.
         fingerprint: Identity of the content and the processor's settings, for records and cache keys.
-        content: Identity of images and labels alone (:func:`~hf_ntp.data.dataset_fingerprint`), where known.
+        content: What images and labels are, without the processor, where known.
 
     Raises:
         ValueError: If the columns are not those of ``preprocess``, or the processor cannot be used.
@@ -264,7 +274,7 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
         image_processor: BaseImageProcessor,
         *,
         fingerprint: str,
-        content: str | None = None,
+        content: Content | None = None,
     ) -> None:
         """Check the columns and view the stored pixels."""
         if not isinstance(pixels.features.get("pixels"), datasets.Array3D) or "label" not in pixels.features:
@@ -272,7 +282,8 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 f"found columns {list(pixels.features)}; 'pixels' (Array3D) and 'label' are needed. "
                 "Use PixelDataset.from_dataset(dataset, image_processor)."
             )
-        self.fingerprint, self.content = fingerprint, content
+        self.fingerprint = fingerprint
+        self.contents = frozenset(() if content is None else (content,))
         self._pixels = pixels
         self._scaling = PixelScaling(image_processor)
         self._labels = np.asarray(column_values(pixels, "label"), dtype=np.int64)
@@ -318,7 +329,7 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
         else:
             images = dataset.select_columns(find_image_column(dataset))
             dataset = images.add_column("label", [NO_LABEL] * len(images))
-        content = dataset_fingerprint(dataset)
+        content = dataset_content(dataset)
         fingerprint = _pixels_fingerprint(content, image_processor)
         pixels = _preprocess(dataset, image_processor, fingerprint, num_proc)
         return cls(pixels, image_processor, fingerprint=fingerprint, content=content)

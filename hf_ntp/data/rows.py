@@ -7,11 +7,18 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from .columns import Content
+
 
 def fetch_rows(dataset: Dataset, indices: Sequence[int]) -> list[dict[str, Any]]:
     """Return the rows of ``indices``, through ``__getitems__`` where the dataset has it, as data loaders do."""
     together = getattr(dataset, "__getitems__", None)
     return together(indices) if together else [dataset[index] for index in indices]
+
+
+def contents_of(dataset: Any) -> frozenset[Content]:
+    """What the images of a dataset are, and of all that it joins or relabels, where that is known."""
+    return getattr(dataset, "contents", frozenset())
 
 
 def fingerprint_of(dataset: Dataset) -> Any:

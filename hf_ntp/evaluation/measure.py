@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, default_data_collator
 
 from ..attacks import FineTuneProtocol
 from ..attacks.fine_tuning import predictor
-from ..data import PixelDataset, check_pixels
+from ..data import Content, PixelDataset, check_pixels
 from ..functional import check_sample_sizes
 from ..models import (
     LiveWeights,
@@ -86,8 +86,8 @@ class Measurement:
     """Probes on the features of a model without a head."""
     weights: Mapping[str, str] | None = None
     """Digest of every weight file of the protected model, where that is known."""
-    images: Mapping[str, str | None] = field(default_factory=dict)
-    """Fingerprint of the content of "source", "attacker", "validation" and "test", where that is known."""
+    images: Mapping[str, frozenset[Content]] = field(default_factory=dict)
+    """What was measured with, where that is known: "source", and "attacker", "validation" and "test" of the target."""
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,10 @@ def measure_protection(
         utility,
         weight_digests(protected),
         {
-            "source": source_test.content,
-            "attacker": target.train.content,
-            "validation": target.validation.content,
-            "test": target.test.content,
+            "source": source_test.contents,
+            "attacker": target.train.contents,
+            "validation": target.validation.contents,
+            "test": target.test.contents,
         },
     )
 

@@ -70,10 +70,10 @@ class AttackData:
                         f"the images of {name!r} have no labels; needed: labelled ones, or every accuracy would be 0."
                     )
         prints = {name: getattr(self, name).fingerprint for name in ("train", "validation", "test")}
-        if len(set(prints.values())) < len(prints):
+        if same := sorted(name for name, one in prints.items() if list(prints.values()).count(one) > 1):
             raise ValueError(
-                "two of train, validation and test are the same images: learning rates would be chosen on what is "
-                "trained on or reported; needed: parts of their own. Divide the data, as load_domain does."
+                f"{' and '.join(same)} are the same images: learning rates would be chosen on what is trained on or "
+                "reported; needed: parts of their own. Divide the data, as load_domain does."
             )
         names = {name: getattr(self, name).class_names for name in ("train", "validation", "test")}
         known = {name: tuple(classes) for name, classes in names.items() if classes}

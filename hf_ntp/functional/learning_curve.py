@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -39,9 +38,10 @@ class Interval(NamedTuple):
 
 def check_sample_sizes(sample_sizes: Sequence[int]) -> None:
     """Raise ``ValueError`` unless the sizes are at least two numbers, positive and strictly increasing."""
-    sizes = list(sample_sizes)
-    if not all(isinstance(size, Real) for size in sizes):
-        raise ValueError(f"sample_sizes are {sizes}; needed: numbers of images.")
+    try:
+        sizes = torch.as_tensor(sample_sizes).tolist()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"sample_sizes are {sample_sizes}; needed: numbers of images.") from error
     if len(sizes) < 2 or sizes[0] <= 0 or any(b <= a for a, b in pairwise(sizes)):
         raise ValueError(
             f"sample_sizes are {sizes}; needed: at least two positive sizes in strictly increasing order. "

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import validate_repo_id
 
-from ..data import DomainReference
+from ..data import Content, DomainReference, contents_of
 from ..evaluation.measure import Measurement, measure_sparsity
 from ..models import has_head, notes_of, plain_model
 from ..run_folder import weight_digests, whole_folder
@@ -84,10 +84,10 @@ def write_folder(
             f"{len(targets)} were protected; needed: one of each. Protect several with recipes/ntp_vit.py, which "
             "measures and reports all, or leave the measurement out."
         )
-    seen = {name: getattr(data, "content", None) for name, data in trainer.train_dataset.targets.items()}
-    _check_sides(source, targets, getattr(images, "content", None), seen.values())
+    seen = frozenset[Content]().union(*map(contents_of, trainer.train_dataset.targets.values()))
+    _check_sides(source, targets, contents_of(images), seen)
     if measured is not None:
-        _check_images(measured.images, source[0].fingerprint, targets[0].fingerprint, seen.values())
+        _check_images(measured.images, source[0].fingerprint, targets[0].fingerprint, seen)
     with whole_folder(folder) as staged:
         model.save_pretrained(staged)
         if trainer.processing_class is not None:
@@ -119,40 +119,39 @@ def write_folder(
 def _check_sides(
     source: Sequence[DomainReference],
     targets: Sequence[DomainReference],
-    authorized: str | None,
-    unauthorized: Iterable[str | None],
+    authorized: Collection[Content],
+    unauthorized: Collection[Content],
 ) -> None:
     """Raise ``ValueError`` where references of one side have the images that the other side was trained with."""
-    known = {
-        side: {content for reference in references for content in reference.fingerprint.values()}
-        for side, references in (("source", source), ("targets", targets))
-    }
-    if authorized in known["targets"] or known["source"] & set(unauthorized):
-        raise ValueError(
-            "source and targets are swapped: the protection was trained the other way round, and the record would "
-            "authorize what it protects against. Needed: the authorized domains as source, the others as targets."
-        )
+    for references, trained in ((source, unauthorized), (targets, authorized)):
+        named = {fingerprint for reference in references for fingerprint in reference.fingerprint.values()}
+        if named & {content.labelled for content in trained}:
+            raise ValueError(
+                "source and targets are swapped: the protection was trained the other way round, and the record would "
+                "authorize what it protects against. Needed: the authorized domains as source, the others as targets."
+            )
 
 
 def _check_images(
-    measured: Mapping[str, str | None],
+    measured: Mapping[str, Collection[Content]],
     source: Mapping[str, str],
     target: Mapping[str, str],
-    seen: Collection[str | None],
+    seen: Collection[Content],
 ) -> None:
     """Raise ``ValueError`` where a measurement took other images than the references name, or seen ones."""
-    attacker = {part: measured.get(part) for part in ("attacker", "validation", "test")}
-    if overlap := sorted(part for part, content in attacker.items() if content is not None and content in seen):
+    attacker = [part for part in ("attacker", "validation", "test") if part in measured]
+    known = {content.images for content in seen}
+    if overlap := [part for part in attacker if known & {content.images for content in measured[part]}]:
         raise ValueError(
             f"the protection has seen the images that were measured with as {', '.join(overlap)}; needed: images that "
             "it has not seen, or the card would promise what was not measured. Divide them with split_owner_attacker."
         )
-    named = {f"targets: {part}": (content, target.get(part)) for part, content in attacker.items()}
-    named["source: test"] = measured.get("source"), source.get("test")
-    if others := sorted(part for part, (took, says) in named.items() if None not in (took, says) and took != says):
+    named = [(f"targets: {part}", measured[part], target.get(part)) for part in attacker]
+    named.append(("source: test", measured.get("source", ()), source.get("test")))
+    if others := [part for part, took, says in named if took and says and says not in {c.labelled for c in took}]:
         raise ValueError(
-            f"the measurement took other images than the references name ({', '.join(others)}); needed: the same, or "
-            "the record would speak of others. Pass to DomainReference.of what was measured with."
+            f"the measurement took other images or labels than the references name ({', '.join(others)}); needed: the "
+            "same, or the record would speak of others. Pass to DomainReference.of what was measured with."
         )
 
 

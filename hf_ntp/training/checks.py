@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from ..data import contents_of
 from ..models import (
     EncoderWithHead,
     blocks_of,
@@ -24,21 +26,26 @@ from .config import NTPConfig
 logger = logging.getLogger(__name__)
 
 
-def check_apart(source: Dataset, targets: Mapping[str, Dataset], held_out: object) -> None:
-    """Refuse images that are authorized and not; say so where ``held_out`` ones are those that are trained on.
+def check_apart(source: Dataset, targets: Mapping[str, Dataset], held_out: Any) -> None:
+    """Refuse images that are authorized and not; say so where those that shall judge are those that are trained on.
+
+    Args:
+        source: Authorized images.
+        targets: Unauthorized ones by name.
+        held_out: What ``source_tolerance`` is judged on, one dataset or several by name; None if on nothing.
 
     Raises:
-        ValueError: If source and a target are the same.
+        ValueError: If a target has the images of an authorized domain.
     """
-    trained = getattr(source, "fingerprint", None)
-    if trained is None:
-        return
-    if same := [name for name, data in targets.items() if getattr(data, "fingerprint", None) == trained]:
-        raise ValueError(
-            f"train_dataset and the target {', '.join(same)} are the same images; needed: other ones that are not "
-            "authorized."
-        )
-    if getattr(held_out, "fingerprint", None) == trained:
+    trained = {content.images for content in contents_of(source)}
+    for name, data in targets.items():
+        if trained & {content.images for content in contents_of(data)}:
+            raise ValueError(
+                f"train_dataset and the target {name!r} have the same images; needed: other ones that are not "
+                "authorized."
+            )
+    judges = held_out.values() if isinstance(held_out, Mapping) else [held_out]
+    if any(trained & {content.images for content in contents_of(data)} for data in judges):
         logger.warning(
             "eval_dataset is train_dataset: source_tolerance is judged on images that the original knows by heart, "
             "and will hold the protection back. Pass images that it was not trained on."

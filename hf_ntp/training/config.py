@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
@@ -18,7 +19,7 @@ _FREE = {
     "save_strategy", "save_total_limit", "do_eval", "eval_steps", "eval_strategy", "eval_on_start",
     "per_device_eval_batch_size", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_strategy",
     "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "dataloader_num_workers", "local_rank",
-    "logging_nan_inf_filter", "fsdp", "fsdp_config",
+    "logging_nan_inf_filter", "fsdp", "fsdp_config", "use_cpu",
 }  # fmt: skip
 
 
@@ -41,6 +42,9 @@ _REFUSED = {
     "ignore_data_skip": "A resumed run would take other images than one that was not interrupted.",
     "auto_find_batch_size": "A second attempt would start from weights that the first one changed.",
 }
+
+
+_LAUNCHER = " (Where nobody set it, `accelerate launch` or its configuration did: --mixed_precision.)"
 
 
 @dataclass
@@ -94,11 +98,6 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
                 "push_to_hub is on and target_access is 'none': nothing says what the record is to call unauthorized. "
                 "Needed: False. Call push_to_hub(targets=[DomainReference(...)]) when training is over."
             )
-        if self.metric_for_best_model is not None and self.save_total_limit == 1:
-            raise ValueError(
-                "save_total_limit is 1 and metric_for_best_model is set: Trainer would end with the best checkpoint "
-                "alone, often one from before the mask was fixed; needed: a limit of 2 or more, which keeps the last."
-            )
         if self.train_sampling_strategy != "random":
             raise ValueError(
                 f"train_sampling_strategy is {self.train_sampling_strategy!r}; needed: 'random'. Images of several "
@@ -106,17 +105,25 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
             )
         self._take_from_launcher()
         TrainingArguments.__post_init__(self)
+        if self.metric_for_best_model is not None and self.save_total_limit == 1:
+            raise ValueError(
+                "save_total_limit is 1 and metric_for_best_model is set: Trainer would end with the best checkpoint "
+                "alone, often one from before the mask was fixed; needed: a limit of 2 or more, which keeps the last."
+            )
         if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"mixed precision is {self.mixed_precision!r}; needed: 'no', 'bf16' or 'fp16'.")
+            raise ValueError(
+                f"accelerate's mixed precision is {self.mixed_precision!r}; needed: 'no', 'bf16' or 'fp16'. Launch "
+                "with --mixed_precision, or run `accelerate config`."
+            )
         if self.fp16 and self.max_grad_norm == 0:
             raise ValueError(
                 "fp16 is on and max_grad_norm is 0: gradients are still scaled when the ADMM penalty is added. "
-                "Use bf16, or a positive max_grad_norm."
+                f"Use bf16, or a positive max_grad_norm.{_LAUNCHER}"
             )
         if self.fp16 and self.attackers:
             raise ValueError(
                 f"fp16 is on with {self.attackers} simulated attackers, whose gradients would underflow without a "
-                "loss scale of their own. Use bf16, or attackers=0."
+                f"loss scale of their own. Use bf16, or attackers=0.{_LAUNCHER}"
             )
         checkpointing: Any = self.gradient_checkpointing_kwargs or {}
         if self.gradient_checkpointing and self.ddp_find_unused_parameters is None:
@@ -136,13 +143,14 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
 
         Accelerate reads it from the environment, past `TrainingArguments`.
         """
-        if parse_flag_from_env("ACCELERATE_USE_CPU"):
-            self.use_cpu = True
+        self.use_cpu |= parse_flag_from_env("ACCELERATE_USE_CPU")
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if precision in ("bf16", "fp16") and not (self.bf16 or self.fp16):
             setattr(self, precision, True)
+            # Asked for in TrainingArguments, it would need this said, too.
+            self.use_cpu |= not torch.accelerator.is_available()
         backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-        if backend != "no" and not self.torch_compile:
+        if backend != "no" and not (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
             self.torch_compile, self.torch_compile_backend = True, backend
 
     @classmethod

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..data import Neighbourhood, check_labels, fetch_rows, fingerprint_of
+from ..data import Content, Neighbourhood, check_labels, contents_of, fetch_rows, fingerprint_of
 from .paired_data import ImageData, as_pixels, check_images, labels_of, length_of
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class Joined(Dataset):
     def __init__(self, parts: Mapping[str, Dataset], labelled: bool) -> None:
         self.parts = dict(parts)
         self.fingerprint = [[name, fingerprint_of(part)] for name, part in parts.items()]  # rows go by their order
+        self.contents = frozenset[Content]().union(*map(contents_of, parts.values()))
         self.class_names = next(iter(_names(parts).values()), None)
         if labelled:
             self.labels = np.concatenate([labels_of(part, name) for name, part in self.parts.items()])

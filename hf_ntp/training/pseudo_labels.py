@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, default_data_collator
 
-from ..data import fetch_rows, fingerprint_of
+from ..data import contents_of, fetch_rows, fingerprint_of
 from ..models import features_and_logits
 from .paired_data import length_of
 
@@ -37,6 +37,7 @@ class Relabelled(Dataset):
     def __init__(self, data: Dataset, labels: np.ndarray) -> None:
         self.data = data
         self.labels = labels
+        self.contents = contents_of(data)
         digest = hashlib.sha256(labels.tobytes()).hexdigest()
         self.fingerprint = f"{fingerprint_of(data)}, labels {digest}"
 

@@ -232,7 +232,8 @@ class NTPTrainer(Trainer):
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
         check_sizes(source, targets)
         evaluated = evaluation_data(eval_dataset, processing_class, labelled=not self._headless)
-        check_apart(source, targets, evaluated)
+        judged = not self._matches_features and args.source_tolerance
+        check_apart(source, targets, evaluated if judged else None)
         if not self._headless:
             check_call(network, source)
         check_fit(network, args, len(paired), len(targets))

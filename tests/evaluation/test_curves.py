@@ -431,7 +431,7 @@ def test_parts_of_other_classes_are_refused(attack):
 
 
 def test_parts_that_are_one_are_refused(attack):
-    with pytest.raises(ValueError, match="two of train, validation and test are the same images"):
+    with pytest.raises(ValueError, match="test and train are the same images"):
         AttackData(attack.train, attack.validation, attack.train)
 
 

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from hf_ntp import NTPConfig
 
@@ -105,13 +106,18 @@ def test_ddp_does_not_wait_for_what_checkpointed_models_do_not_use(tmp_path):
 def test_what_the_launcher_chose_is_known(tmp_path, monkeypatch):
     """`accelerate launch --mixed_precision bf16 --cpu`: Accelerate reads it past TrainingArguments."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     config = NTPConfig(output_dir=str(tmp_path), report_to="none")
     assert config.bf16
-    assert config.use_cpu
+    assert config.use_cpu, "without an accelerator Trainer wants to be told"
     assert config.summary()["bf16"]
+    assert config.fingerprint() == config_of(tmp_path, bf16=True).fingerprint()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert not NTPConfig(output_dir=str(tmp_path), report_to="none").use_cpu
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert NTPConfig(output_dir=str(tmp_path), report_to="none").use_cpu
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(ValueError, match="fp16 is on with 4 simulated attackers"):
+    with pytest.raises(ValueError, match=r"fp16 is on with 4 simulated attackers.*accelerate launch"):
         config_of(tmp_path)
     assert config_of(tmp_path, attackers=0).fp16
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
@@ -121,11 +127,14 @@ def test_what_the_launcher_chose_is_known(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     config = config_of(tmp_path)
     assert (config.torch_compile, config.torch_compile_backend) == (True, "eager")
+    assert config_of(tmp_path, torch_compile_backend="aot_eager").torch_compile_backend == "aot_eager"
 
 
 def test_the_best_checkpoint_does_not_replace_the_last(tmp_path):
     with pytest.raises(ValueError, match="save_total_limit is 1 and metric_for_best_model is set"):
         config_of(tmp_path, save_total_limit=1, metric_for_best_model="loss")
+    with pytest.raises(ValueError, match="save_total_limit is 1 and metric_for_best_model is set"):
+        config_of(tmp_path, save_total_limit=1, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch")
     assert config_of(tmp_path, save_total_limit=2, metric_for_best_model="loss").metric_for_best_model == "loss"
 
 

@@ -57,9 +57,13 @@ def test_evaluation_and_prediction_take_images(tmp_path):
     assert ours.evaluate({"a": held_out})["eval_a_accuracy"] == expected
     found = ours.predict(held_out)
     assert found.predictions.shape == (8, 4)
-    without = ours.predict(held_out.remove_columns("label"))
-    assert without.label_ids is None
-    assert np.array_equal(without.predictions, found.predictions)
+    unlabelled = held_out.remove_columns("label")
+    ids, withheld = list(range(0, 80, 10)), [-1] * 8
+    for data in (unlabelled, unlabelled.add_column("when", [0.5] * 8), unlabelled.add_column("label", withheld)):
+        without = ours.predict(data)
+        assert without.label_ids is None
+        assert np.array_equal(without.predictions, found.predictions)
+    assert ours.predict(unlabelled.add_column("image_id", ids)).label_ids is None
 
 
 def test_images_on_both_sides(tmp_path, caplog):
@@ -68,8 +72,16 @@ def test_images_on_both_sides(tmp_path, caplog):
     assert "eval_dataset is train_dataset" not in caplog.text
     with_images(tmp_path, source, source)
     assert "eval_dataset is train_dataset: source_tolerance is judged on images" in caplog.text
-    with pytest.raises(ValueError, match="train_dataset and the target target are the same images"):
-        with_images(tmp_path, images([0, 1] * 6), model=tiny_vit(2))
+    caplog.clear()
+    with_images(tmp_path, source, {"a": source})
+    assert "eval_dataset is train_dataset" in caplog.text
+    caplog.clear()
+    with_images(tmp_path, source, source, model=tiny_vit(4).vit)
+    assert "eval_dataset is train_dataset" not in caplog.text, "nothing is judged on it"
+    same, two = images([0, 1] * 6), tiny_vit(2)
+    for data, model in ((same, two), ({"a": same, "b": images([1, 0])}, two), (same.remove_columns("label"), two.vit)):
+        with pytest.raises(ValueError, match="train_dataset and the target 'target' have the same images"):
+            with_images(tmp_path, data, model=model)
 
 
 @pytest.mark.parametrize("name", ["labels", "label"])
