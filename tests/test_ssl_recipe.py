@@ -130,6 +130,7 @@ def test_an_interrupted_run_ends_the_same(finished, tmp_path, monkeypatch):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow  # what is its own is in tests/training/test_ddp.py, the rest in test_recipe.py
 def test_contrastive_on_two_processes(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--output_dir", str(tmp_path / "run"), *QUICK, "--pretraining", "simclr", "--use_cpu", "true"]

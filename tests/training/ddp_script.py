@@ -18,6 +18,7 @@ from hf_ntp.models import prunable_weights
 from hf_ntp.models.sharding import whole
 from hf_ntp.training.arguments import PRESETS
 from hf_ntp.training.pruning import ADMMPruner
+from hf_ntp.training.self_supervised import pretrain, small_encoder
 from tests.conftest import Rows, tiny_resnet, tiny_vit
 from tests.training.test_trainer import NO_TARGET, trainer
 
@@ -132,6 +133,13 @@ def life(folder, processes, device):
     return losses
 
 
+def pretrain_contrastively(folder, device):
+    """Weights of a small encoder, and the log: processes see images of their own and end with the same weights."""
+    encoder = small_encoder("simclr", image_size=8)
+    log = pretrain("simclr", encoder, Rows(48), str(folder), 6, batch_size=8, use_cpu=device == "cpu")
+    return {"weights": {name: parameter.detach() for name, parameter in encoder.named_parameters()}}, log[:-1]
+
+
 def gathered(tensors):
     return {name: whole(tensor).detach().cpu().clone() for name, tensor in tensors}
 
@@ -183,6 +191,7 @@ def prune(pattern, folder=None, mesh=None):
 if __name__ == "__main__":
     folder, device, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     found = {name: run(name, folder, processes, device) for name in RUNS}
+    found["simclr"] = pretrain_contrastively(folder / "simclr", device)
     mesh = init_device_mesh(device, (processes,))
     found |= {pattern: prune(pattern, folder / pattern, mesh) for pattern in PATTERNS}
     with fsdp_on_cpus() if device == "cpu" else nullcontext():

@@ -50,7 +50,7 @@ def ranks(folder):
     return launch(folder, "cpu", 2)
 
 
-@pytest.mark.parametrize("name", [*RUNS, *PATTERNS, *(f"{name}, sharded" for name in SHARDED), "resumed"])
+@pytest.mark.parametrize("name", [*RUNS, "simclr", *PATTERNS, *(f"{name}, sharded" for name in SHARDED), "resumed"])
 def test_two_processes_agree(ranks, name):
     """Weights, ADMM state, simulated attackers' heads and offsets, and logs are the same on both, bit for bit."""
     (one, log), (other, other_log) = (found[name] for found in ranks)
