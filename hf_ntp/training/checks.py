@@ -37,19 +37,23 @@ def check_apart(source: Dataset, targets: Mapping[str, Dataset], held_out: Any) 
     Raises:
         ValueError: If a target has the images of an authorized domain.
     """
-    trained = {content.images for content in contents_of(source)}
+    trained = _images(source)
     for name, data in targets.items():
-        if trained & {content.images for content in contents_of(data)}:
+        if trained & _images(data):
             raise ValueError(
                 f"train_dataset and the target {name!r} have the same images; needed: other ones that are not "
                 "authorized."
             )
     judges = held_out.values() if isinstance(held_out, Mapping) else [held_out]
-    if any(trained & {content.images for content in contents_of(data)} for data in judges):
+    if any(trained & _images(data) for data in judges):
         logger.warning(
             "eval_dataset is train_dataset: source_tolerance is judged on images that the original knows by heart, "
             "and will hold the protection back. Pass images that it was not trained on."
         )
+
+
+def _images(dataset: Any) -> set[str]:
+    return {content.images for content in contents_of(dataset)}
 
 
 def check_sizes(source: Dataset, targets: Mapping[str, Dataset]) -> None:
