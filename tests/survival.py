@@ -12,7 +12,6 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from huggingface_hub import constants
 from transformers import TrainerCallback
 
@@ -26,6 +25,7 @@ from hf_ntp.run_folder import claim_run_folder, whole_folder
 from .conftest import tiny_vit
 from .evaluation.conftest import attack_data
 from .hub_server import OWNER
+from .processes import begin
 from .publishing.folders import make_folder, minimal_record
 from .training.test_trainer import trainer
 
@@ -51,10 +51,7 @@ def _at_file_event(folder, at):
 
 def run(job, folder, at=None, seconds=None, **options):
     """Body of a process: do a job in a folder, perhaps die at a file event or after some seconds."""
-    torch.set_num_threads(1)
-    said = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    begin(f"{folder}.log")
     count = _at_file_event(folder, at)
     if seconds is not None:
         timer = threading.Timer(seconds, _die)

@@ -34,7 +34,6 @@ from .hub_server import OWNER
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "ntp_vit.py"
-ATTACK = ROOT / "recipes" / "ntp_attack.py"
 QUICK = (
     "--max_steps 20 --pretrain_steps 10 --save_steps 10 --attack_steps 22 --attack_seeds 0 1 --sample_sizes 10 20 "
     "--attack_learning_rates 1e-3 --report_to none --disable_tqdm true --source_max_samples 300 --jobs 1"
@@ -370,19 +369,20 @@ def test_which_of_two_heads(recipe, tmp_path):
 
 
 def test_two_processes(tmp_path):
-    """One folder, whole, whatever the number of processes."""
-    run = tmp_path / "run"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    """One folder of each recipe, whole, whatever the number of processes."""
+    run, attacks = tmp_path / "run", tmp_path / "attacks"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, "--output_dir", str(run), *QUICK, "--use_cpu", "true"],
-        capture_output=True, text=True, timeout=300, cwd=ROOT,
-    )  # fmt: skip
+        [*launch, "-m", "tests.recipe_script", str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert read_record(run / "protected")
     state = json.loads((run / "work" / "checkpoint-20" / "ntp_state.json").read_text())
     assert state["settings"]["world_size"] == 2, "two runs side by side are not one run on two processes"
     assert done.stdout.count("SLC-AUC normalized:") == 1
     assert not list(run.rglob("*unfinished*"))
+    assert done.stdout.count((attacks / "table.md").read_text()) == 1
+    assert len(list((attacks / "fits").iterdir())) == json.loads((attacks / "results.json").read_text())["fits"]
 
 
 def test_unknown_options_are_errors(recipe, tmp_path, capsys):
@@ -469,24 +469,19 @@ def attack_options(run, out, *options):
     return ["--checkpoint", str(run / "protected"), "--output_dir", str(out), *quick.split(), *options]
 
 
-def attack(run, out, *options, launch=()):
-    command = [sys.executable, *launch, str(ATTACK), *attack_options(run, out, *options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-
-
 def test_attacking_the_result(finished, tmp_path, capsys):
     """With ridge in place of the linear probe, which takes thousands of iterations on features of a few steps."""
     run, _ = finished
     options = ["--unprotected", str(run / "unprotected"), "--source_dataset", "mnist", "--controls"]
     options += ["--attacks", "mask_kept", "dense", "ridge_probe", "source_all_new"]
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = attack(run, tmp_path / "out", *options, launch=two)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ntp_attack.main(attack_options(run, tmp_path / "out", *options))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["starts"]) == {"protected", "unprotected", "magnitude_pruned", "random_pruned"}
     assert set(results["starts"]["protected"]) == {"mask_kept", "dense", "ridge_probe", "source_all_new"}
     assert results["not_run"]["unprotected"] == {"mask_kept": "the checkpoint has no zeros"}
-    assert done.stdout.count((tmp_path / "out" / "table.md").read_text()) == 1
+    printed = capsys.readouterr().out
+    assert printed.count((tmp_path / "out" / "table.md").read_text()) == 1
+    assert "| **worst case** |" in printed
     assert len(list((tmp_path / "out" / "fits").iterdir())) == results["fits"]
     (unauthorized,) = read_record(run / "protected")["unauthorized_domains"]
     assert results["fingerprint"].items() <= unauthorized["fingerprint"].items(), "the protection's own division"
@@ -494,7 +489,6 @@ def test_attacking_the_result(finished, tmp_path, capsys):
     assert Image.open(tmp_path / "out" / "attacks.png").size[0] > 500
     ntp_attack.main(attack_options(run, tmp_path / "out", *options))
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
-    assert "| **worst case** |" in capsys.readouterr().out
 
 
 def test_runs_with_other_attacks_share_fits(finished, tmp_path):

@@ -113,6 +113,7 @@ def test_no_classifier_for_a_masked_autoencoder(finished, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # recipes share what is interrupted; test_recipe.py does the same to the other one
 def test_an_interrupted_run_ends_the_same(finished, tmp_path, monkeypatch):
     save = NTPTrainer._save_checkpoint
 

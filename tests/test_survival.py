@@ -1,7 +1,6 @@
 """Runs that are killed, again and again, end bit for bit as those that are not."""
 
 import json
-import multiprocessing
 import random
 import re
 import shutil
@@ -17,17 +16,14 @@ from safetensors.torch import load_file
 
 from . import survival
 from .hub_server import HubServer
+from .processes import fresh
 from .publishing.folders import make_folder
 
 ROOT = Path(__file__).parents[1]
 
-# Forks of a process that has imported everything: importing takes longer than these jobs.
-_fresh = multiprocessing.get_context("forkserver")
-_fresh.set_forkserver_preload(["tests.survival"])
-
 
 def start(job, folder, **death):
-    process = _fresh.Process(target=survival.run, args=(job, str(folder)), kwargs=death, daemon=True)
+    process = fresh.Process(target=survival.run, args=(job, str(folder)), kwargs=death, daemon=True)
     process.start()
     return process
 

@@ -141,7 +141,7 @@ def measure_protection(
     """Measure a protected model against the one it was made from.
 
     Args:
-        unprotected: Folder of the model before protection.
+        unprotected: Folder or Hub id of the model before protection.
         protected: Folder of the protected model.
         source_test: Authorized test split.
         target: Unauthorized data that the protection has not seen.
@@ -155,6 +155,7 @@ def measure_protection(
             any.
 
     Raises:
+        FloatingPointError: If fits diverge at every learning rate of the protocol.
         TypeError: If a model is given instead of a folder.
         ValueError: If the model has no head for the authorized classes and ``source_train`` is not given, or images
             have no labels, or the two models are of different architectures.

@@ -65,7 +65,7 @@ _ACCESS = {
 # What stands before the lines that load the model.
 _DENSE = "Load it as any other model:\n\n```python"
 _COMPRESSED = (
-    "Its weights are stored without their zeros, which takes `hf_ntp` to read (`pip install hf-ntp`):\n\n"
+    "Its weights are stored without their zeros, which takes the library `hf_ntp` to read:\n\n"
     "```python\nimport hf_ntp  # tells transformers how to read these weights"
 )
 
@@ -98,12 +98,15 @@ def card_data(record: Mapping[str, Any], name: str) -> ModelCardData:
             for found in accuracy.get("domains", single)
         ]
     domains = {domain["name"]: domain for domain in record["unauthorized_domains"]}
-    for measurement in record["evidence"]:
-        domain = domains[measurement["domain"]]
-        evaluations += [
-            _result(domain, "slc_auc", f"SLC-AUC normalized, {attack_label(attack)}", found["protected"]["normalized"])
-            for attack, found in measurement["attacks"].items()
-        ]
+    areas = {  # one value for one name: the last measurement's
+        (measurement["domain"], attack): found["protected"]["normalized"]
+        for measurement in record["evidence"]
+        for attack, found in measurement["attacks"].items()
+    }
+    evaluations += [
+        _result(domains[domain], "slc_auc", f"SLC-AUC normalized, {attack_label(attack)}", area)
+        for (domain, attack), area in areas.items()
+    ]
     every = [*record["authorized_domains"], *record["unauthorized_domains"]]
     return ModelCardData(
         license=record["terms"]["license"],

@@ -78,7 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 "adaptive" (the defaults, found on a small ViT) and "adaptive_convnet" (found on a small ResNet) train against
 simulated attackers. "paper" has NTP's published terms alone, with weights that leave the source alive; "published"
-has the published weights too, which destroyed it on our small models.
+has the published weights too, which destroyed it on our small models; schedule, batch and `fisher_shrinkage` stay ours.
 """
 
 
@@ -203,7 +203,11 @@ class ProtectionArguments:
         metadata={"help": "Learning rate of the steps that deny attackers progress, as a share of learning_rate."},
     )
     attacker_learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Rates that attackers draw from."}
+        default_factory=lambda: [3e-4, 1e-3, 3e-3],
+        metadata={
+            "help": "Rates that attackers draw from. Large pretrained models are usually fine-tuned at 1e-5 to 1e-4: "
+            "take such rates for yours."
+        },
     )
     attacker_horizon: list[int] = field(
         default_factory=lambda: [20, 500],

@@ -136,9 +136,10 @@ class NTPTrainer(Trainer):
     """Trains a vision encoder to stay accurate on authorized data and useless as a start for unauthorized data.
 
     Non-Transferable Pruning (ECCV 2024): ADMM pruning, a non-transferable loss against a simulated attacker's head,
-    and Fisher-space regularization. Loop, optimizer, precision, accumulation, logging and checkpoints are Trainer's.
-    Extra memory: one tensor per prunable weight, one linear head per unauthorized domain, and what
-    :class:`~hf_ntp.training.attackers.AttackerPool` says for the simulated attackers.
+    and Fisher-space regularization, each of them optional, and simulated attackers, for whose sake the defaults switch
+    the second off. Loop, optimizer, precision, accumulation, logging and checkpoints are Trainer's. Extra memory: one
+    tensor per prunable weight, one linear head per unauthorized domain, a frozen copy of the model where it is compared
+    with the original (by default), and what :class:`~hf_ntp.training.attackers.AttackerPool` says for the attackers.
 
     Args:
         model: Model with an image-classification head, or an encoder without one, or the id or folder of either. An
@@ -168,6 +169,7 @@ class NTPTrainer(Trainer):
         optimizers: As in Trainer; none under FSDP.
 
     Raises:
+        TypeError: If ``args`` is no NTPConfig, or ``model`` no model of transformers or PEFT.
         ValueError: For data or options that cannot work, before any training starts.
     """
 

@@ -3,16 +3,13 @@
 import json
 import os
 import signal
-import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
-
-import torch
 
 from hf_ntp import FineTuneProtocol, sample_wise_learning_curves, standard_arms
 from hf_ntp.attacks.fine_tuning import FineTuning
 
+from ..processes import begin
 from .conftest import attack_data
 
 PROTOCOL = FineTuneProtocol(steps=8, batch_size=8, learning_rates=(1e-3, 1e-2), warmup_steps=2)
@@ -26,7 +23,8 @@ def sweep(folder, cache_dir):
 
 
 def main(folder, name):
-    torch.set_num_threads(1)
+    """Body of a process."""
+    begin(folder / f"{name}.log")
     real, done = FineTuning.fit, []
 
     def noted(attack, model, loot, protocol, value, seed):
@@ -47,7 +45,3 @@ def main(folder, name):
             time.sleep(0.02)
         curves = sweep(folder, folder / f"fits_{stage}")
         (folder / f"{name}_{stage}.json").write_text(json.dumps(asdict(curves)))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

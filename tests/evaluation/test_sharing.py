@@ -4,11 +4,8 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from threading import Barrier, Thread
 
 import pytest
@@ -16,19 +13,21 @@ import pytest
 from hf_ntp.evaluation import claims, runner
 from hf_ntp.evaluation.claims import Claims
 
-from .sweep_script import sweep
+from ..processes import fresh
+from .sweep_script import main, sweep
 
 
 def test_two_processes_share_the_fits_and_one_survives_the_other(checkpoints, tmp_path):
-    command = [sys.executable, "-m", "tests.evaluation.sweep_script", str(tmp_path)]
-    root = Path(__file__).parents[2]
     victim, survivor = (
-        subprocess.Popen([*command, name], cwd=root, stderr=subprocess.PIPE, text=True)
-        for name in ("victim", "survivor")
+        fresh.Process(target=main, args=(tmp_path, name), daemon=True) for name in ("victim", "survivor")
     )
-    assert victim.wait(timeout=180) == -signal.SIGKILL
-    assert survivor.communicate(timeout=60)[1].count("Traceback") == 0
-    assert survivor.returncode == 0
+    for process in (victim, survivor):
+        process.start()
+    for process in (victim, survivor):
+        process.join(180)
+    said = (tmp_path / "survivor.log").read_text()
+    assert (victim.exitcode, survivor.exitcode) == (-signal.SIGKILL, 0), said
+    assert "Traceback" not in said
 
     alone = json.loads(json.dumps(asdict(sweep(tmp_path, tmp_path / "fits_alone"))))
     for found in ("victim_shared", "survivor_shared", "survivor_killed"):

@@ -10,11 +10,11 @@ from PIL import Image
 from hf_ntp import FineTuneProtocol, read_record
 from hf_ntp.attacks import ATTACKS
 from hf_ntp.evaluation.measure import ScratchConvergence, SourceAccuracy, Transfer
-from hf_ntp.publishing.card import _ATTACK_LABELS, attack_label, render_card
+from hf_ntp.publishing.card import _ATTACK_LABELS, CARD_FILE, attack_label, card_repo_id, render_card
 from hf_ntp.publishing.evidence import not_tested
 from hf_ntp.publishing.report import build_record, refresh_report, write_report
 from hf_ntp.publishing.results import results_table
-from hf_ntp.run_folder import weight_digests
+from hf_ntp.run_folder import file_digest, weight_digests
 
 from .conftest import BASE, SETTINGS, SOURCE, SPARSITY, TARGET, make_curves, make_record, make_results
 
@@ -126,6 +126,15 @@ def test_the_card_is_the_committed_example(record):
     assert str(render_card(record, "org/photos-only", FIGURES)) == EXAMPLE.read_text()
 
 
+def test_the_default_runs_card_is_what_its_record_says():
+    folder = Path(__file__).parents[2] / "model_cards" / "mnist_only"
+    record = read_record(folder)
+    figures = {"slc.png": "Learning curves on optdigits", "attacks.png": "Attacks on optdigits"}
+    assert str(render_card(record, card_repo_id(folder), figures)) == (folder / CARD_FILE).read_text()
+    here = {path.name: file_digest(path) for path in folder.iterdir() if path.name != "authorization.json"}
+    assert here.items() <= record["files"].items()
+
+
 def test_card_metadata(record):
     data = ModelCard(str(render_card(record, "org/photos-only"))).data
     assert data.license == "apache-2.0"
@@ -206,6 +215,8 @@ def test_attacks_are_added_to_record_card_and_figures(folder, attacks, written):
     card = (folder / "README.md").read_text()
     assert "| LoRA |  | -0.200 | [-0.300, -0.100] | -0.200 |  |" in card
     assert "![Attacks on scans](attacks.png)" in card
+    names = [result.metric_name for result in ModelCard(card).data.eval_results]
+    assert len(names) == len(set(names)) == 4, "an attack that was measured twice has one value"
     assert {"attacks.json", "attacks.png"} <= set(record["files"])
     assert not (folder / "model.sig").exists(), "it was made for other files"
     refresh_report(folder)
