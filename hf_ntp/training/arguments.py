@@ -78,7 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 "adaptive" (the defaults, found on a small ViT) and "adaptive_convnet" (found on a small ResNet) train against
 simulated attackers. "paper" has NTP's published terms alone, with weights that leave the source alive; "published"
-has the published weights too, which destroyed it on our small models; schedule, batch and `fisher_shrinkage` stay ours.
+has the published weights too, which destroyed it on our small models (schedule, batch, `fisher_shrinkage` are ours).
 """
 
 

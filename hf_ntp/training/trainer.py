@@ -138,8 +138,8 @@ class NTPTrainer(Trainer):
     Non-Transferable Pruning (ECCV 2024): ADMM pruning, a non-transferable loss against a simulated attacker's head,
     and Fisher-space regularization, each of them optional, and simulated attackers, for whose sake the defaults switch
     the second off. Loop, optimizer, precision, accumulation, logging and checkpoints are Trainer's. Extra memory: one
-    tensor per prunable weight, one linear head per unauthorized domain, a frozen copy of the model where it is compared
-    with the original (by default), and what :class:`~hf_ntp.training.attackers.AttackerPool` says for the attackers.
+    tensor per prunable weight, one linear head per unauthorized domain, by default a frozen copy of the original, and
+    what :class:`~hf_ntp.training.attackers.AttackerPool` says for the attackers.
 
     Args:
         model: Model with an image-classification head, or an encoder without one, or the id or folder of either. An
