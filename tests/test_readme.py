@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def test_python_examples(blocks, tmp_path, monkeypatch):
     tiny_vit(num_labels=10).save_pretrained(model)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(model)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hf_ntp, "load_domain", partial(hf_ntp.load_domain, max_samples=400))
     tiny_vit(num_labels=10).vit.save_pretrained(tmp_path / "encoder")
     shorter = {
         '"ORG/MODEL"': repr(str(model)),
