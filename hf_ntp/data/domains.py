@@ -17,6 +17,7 @@ from PIL import Image
 
 from .columns import check_labels, column_values, find_columns
 from .digits import IMAGES_LABELS, mnist, optdigits
+from .folders import split_patterns
 from .splits import stratified_pieces
 from .synthetic import mnistm, syn
 
@@ -130,22 +131,9 @@ def _load_splits(
     elif os.path.isfile(name):
         loaded = datasets.load_dataset(_file_format(name), data_files=name, cache_dir=cache)
     else:
-        _check_split_folders(name)
-        loaded = datasets.load_dataset(name, config, cache_dir=cache)
+        patterns = None if config is not None else split_patterns(name)
+        loaded = datasets.load_dataset(name, config, data_files=patterns, cache_dir=cache)
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
-
-
-def _check_split_folders(folder: str) -> None:
-    """Refuse folders such as "Train" and "Test", which `datasets` does not take for splits: it would mix them."""
-    names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
-    known = {*SPLITS, *SPLIT_ALIASES, "training", "testing"}
-    capitals = [name for name in names if name.lower() in known and name != name.lower()]
-    if capitals and any(name.lower().startswith("train") for name in names):
-        raise ValueError(
-            f"{folder!r} has the folders {names}, of which {capitals} are no splits for their capital letters; "
-            f"needed: lower case, or their images would be one split. Rename {capitals[0]!r} to "
-            f"{capitals[0].lower()!r}."
-        )
 
 
 def _file_format(path: str) -> str:

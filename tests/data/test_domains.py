@@ -162,6 +162,37 @@ def test_folders_that_only_capitals_keep_from_being_splits(tmp_path):
     assert len(load_domain(str(image_folder(tmp_path / "tests", ("Test", "Other"))))["train"]) == 12
 
 
+@pytest.mark.parametrize(
+    ("folders", "splits", "names"),
+    [
+        (["train/bullet_train", "train/car", "test/bullet_train", "test/car"], [17, 3, 20], ["bullet_train", "car"]),
+        (["train/dev", "train/ops", "test/dev", "test/ops"], [17, 3, 20], ["dev", "ops"]),
+        (["images/training/test_tube", "images/training/cup", "images/val/cup", "images/val/test_tube", "extra/cup"],
+         [15, 20, 5], ["cup", "test_tube"]),
+        (["bullet_train", "steam_train", "car"], [18, 4, 8], ["bullet_train", "car", "steam_train"]),
+        (["train", "car"], [12, 3, 5], ["car", "train"]),
+        (["test_tube", "cup"], [12, 3, 5], ["cup", "test_tube"]),
+    ],
+)  # fmt: skip
+def test_classes_named_like_splits(tmp_path, folders, splits, names):
+    """`datasets` mixes their images into other splits, or loses classes."""
+    domain = load_domain(str(image_folder(tmp_path / "pets", folders)), cache_dir=tmp_path / "prepared")
+    assert [len(part) for part in domain.values()] == splits
+    assert domain["train"].features["label"].names == names
+    seen = [{image.tobytes() for image in part["image"]} for part in domain.values()]
+    assert sum(map(len, seen)) == sum(splits), "no image is in two of them"
+
+
+def test_splits_in_the_names_of_files(tmp_path):
+    for path in list(image_folder(tmp_path / "pets").rglob("*.png")):
+        path.rename(path.with_name(f"{'test' if path.stem < '4' else 'train'}_{path.name}"))
+    assert [len(part) for part in load_domain(str(tmp_path / "pets"), cache_dir=tmp_path / "c").values()] == [
+        15,
+        3,
+        12,
+    ]
+
+
 def test_image_folder_without_classes(tmp_path):
     flat = image_folder(tmp_path / "pets") / "cat"
     with pytest.raises(ValueError, match=r"found columns image \(Image\); needed a label column"):
