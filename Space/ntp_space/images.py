@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,14 @@ def read_image(path: str | Path) -> Image.Image:
     from hf_ntp.data.images import to_rgb  # loads torch: seconds, once
 
     try:
-        with Image.open(path) as image:
+        # These alone: for others, such as PostScript, Pillow would start programs on what a visitor sends.
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP", "BMP", "GIF"]) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise ValueError(
                     f"the image has {image.width} x {image.height} pixels; needed: at most "
                     f"{_MAX_PIXELS // 10**6} million. Scale it down."
                 )
-            return to_rgb(image)
+            return to_rgb(ImageOps.exif_transpose(image))  # as `datasets` turns photographs
     except UnidentifiedImageError as error:
         raise ValueError(
             f"“{Path(path).name}” is not an image that can be read; needed: PNG, JPEG, WebP, BMP or GIF. "

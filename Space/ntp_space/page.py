@@ -170,7 +170,7 @@ def _evidence(showcase: Showcase) -> str:
     if showcase.results is not None:
         try:
             curves = words.picture(learning_curves(showcase.results), "Learning curves; the table has their numbers")
-            parts += ["<h3>Learning curves</h3>", curves, words.curves_table(showcase.results)]
+            parts += ["<h3>Learning curves</h3>", curves, words.curves_tables(showcase.results)]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             logger.warning("results.json cannot be drawn: %r", error)
             parts.append(words.note("results.json holds no learning curves that this page can draw.", "warning"))

@@ -185,14 +185,15 @@ def _list(value: Any, name: str) -> list[Any]:
 def _from_csv(text: str, name: str) -> Curves:
     first = text.partition("\n")[0]
     mark = max(",;\t", key=first.count)
-    table = csv.DictReader(io.StringIO(text), delimiter=mark, skipinitialspace=True)
-    columns = [str(column).strip().lower() for column in table.fieldnames or []]
-    if not {"size", "checkpoint", "scratch"} <= set(columns):
-        raise ValueError(f"“{name}” has the columns {', '.join(columns)[:200] or '(none)'}; needed: {FORMATS}.")
-    table.fieldnames = columns
     # seed -> size -> (checkpoint, scratch), in the order of the file
     points: dict[str, dict[float, tuple[float, float]]] = defaultdict(dict)
     try:
+        # Excel for the Macintosh ends lines with \r.
+        table = csv.DictReader(io.StringIO(text, newline=None), delimiter=mark, skipinitialspace=True)
+        columns = [str(column).strip().lower() for column in table.fieldnames or []]
+        if not {"size", "checkpoint", "scratch"} <= set(columns):
+            raise ValueError(f"“{name}” has the columns {', '.join(columns)[:200] or '(none)'}; needed: {FORMATS}.")
+        table.fieldnames = columns
         for line, row in enumerate(table, start=2):
             size = _number(row["size"], f"line {line}, size")
             seed = (row.get("seed") or "").strip()

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hf_ntp.publishing.card import ARM_LABELS, MEASURES, attack_label
+from hf_ntp.publishing.evidence import measured_targets
 from hf_ntp.publishing.wording import interval, percent
 
 from .score import UNITS
@@ -79,8 +80,20 @@ def picture(image: Figure | Image.Image | bytes, alt: str, css: str = "ntp-pictu
     return f'<img class="{css}" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
 
 
-def curves_table(results: Mapping[str, Any]) -> str:
-    """SLC-AUC and mean accuracies of every start of a ``results.json``."""
+def curves_tables(results: Mapping[str, Any]) -> str:
+    """A table for every domain that a ``results.json`` has learning curves on."""
+    found = [("not authorized", part) for part in measured_targets(results)]
+    found += [("neither authorized nor forbidden", results["third"])] if "third" in results else []
+    parts = []
+    for status, part in found:
+        if len(found) > 1:
+            parts.append(f"<h4>{escape(part['target']['domain'])} ({status})</h4>")
+        parts.append(_curves_table(part))
+    return "".join(parts)
+
+
+def _curves_table(results: Mapping[str, Any]) -> str:
+    """SLC-AUC and mean accuracies of every start on one domain."""
     slc, areas = results["slc"], results["slc_auc"]
     head = ["start", *(f"n = {size:,}" for size in slc["sample_sizes"]), *UNITS, "95 % interval (normalized)"]
     rows = []
@@ -194,7 +207,7 @@ def record_words(record: Mapping[str, Any]) -> str:
             f", with hf_ntp {escape(library['version'])}{escape(f' ({made})' if made else '')}.</p>",
             _details("Settings of the protection", table(["setting", "value"], settings, numbers_from=2)),
             _details("SHA-256 of every file", _digests(record["files"])),
-            _details("SHA-256 of the model before protection", _digests(base["weights"])),
+            _details("SHA-256 of the model before protection", _digests(base["weights"])) if base["weights"] else "",
         ]
     )  # fmt: skip
 
@@ -239,7 +252,8 @@ def _domain(domain: Mapping[str, Any]) -> str:
     extra = [f"configuration {domain['config']}" if domain["config"] else "", domain["revision"] or "no revision"]
     classes = domain["classes"]
     shown = ", ".join(classes[:12]) + (f" and {len(classes) - 12} more" if len(classes) > 12 else "")
-    text = f"data set {domain['dataset']} ({'; '.join(filter(None, extra))}), {len(classes)} classes: {shown}."
+    named = f"{len(classes)} classes: {shown}" if classes else "no labels"
+    text = f"data set {domain['dataset']} ({'; '.join(filter(None, extra))}), {named}."
     fingerprints = _details("SHA-256 of the images and labels", _digests(domain["fingerprint"]))
     return f"<p><b>{escape(domain['name'])}</b>, {escape(text)}</p>{fingerprints}"
 

@@ -98,6 +98,19 @@ def test_large_images_are_refused(tmp_path):
         read_image(tmp_path / "a.png")
 
 
+def test_photographs_are_turned(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera lay on its side
+    Image.new("RGB", (40, 20)).save(tmp_path / "photo.jpg", exif=turned)
+    assert read_image(tmp_path / "photo.jpg").size == (20, 40)
+
+
+def test_other_formats_are_not_even_tried(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match="is not an image that can be read; needed: PNG"):
+        read_image(tmp_path / "x.png")
+
+
 def test_examples_of_unknown_domains_need_no_download(tmp_path):
     assert domain_examples("org/unknown", tmp_path) == []
     assert domain_examples("../mnist", tmp_path) == []
@@ -124,6 +137,8 @@ def test_files_and_text_agree(tmp_path):
     )
     (tmp_path / "a.json").write_text(json.dumps(dict(zip(("sizes", "checkpoint", "scratch"), text, strict=True))))
     assert score.parse_file(tmp_path / "a.csv") == text
+    (tmp_path / "mac.csv").write_bytes((tmp_path / "a.csv").read_bytes().replace(b"\n", b"\r"))
+    assert score.parse_file(tmp_path / "mac.csv") == text
     assert score.parse_file(tmp_path / "a.json") == text
 
 
@@ -164,6 +179,7 @@ def test_wrong_text(texts, message):
         ('{"sizes": [1, 2], "checkpoint": [[0.1, 0.2], 3], "scratch": [0.1, 0.2]}', "needed: a list"),
         ('{"sizes": [1, 2], "checkpoint": [0.1, NaN], "scratch": [0.1, 0.2]}', "finite"),
         ("[" * 100_000, "not valid JSON"),
+        ("size," + "x" * 200_000 + "\n", "not valid CSV"),
         ("x" * (2 << 20), "larger than 1 MB"),
     ],
 )
@@ -255,6 +271,31 @@ def test_the_protected_model_alone(folders):
     assert list(classifiers.load()) == ["protected"]
     answer = classifiers.load()["protected"].predict(Image.new("RGB", (9, 9)))
     assert sum(answer.values()) == pytest.approx(1)
+
+
+def test_a_record_of_what_python_publishes(folders):
+    """Without digests of the original, and without labels on the authorized side."""
+    record = open_showcase(folders).record
+    (domain,) = record["authorized_domains"]
+    html = words.record_words(
+        record
+        | {"base_model": record["base_model"] | {"weights": None}, "authorized_domains": [domain | {"classes": []}]}
+    )
+    assert "SHA-256 of the model before protection" not in html
+    assert "no labels" in html
+
+
+def test_curves_on_several_domains_are_named(folders):
+    results = open_showcase(folders).results
+    assert "<h4>" not in words.curves_tables(results)
+    several = results | {
+        "other_targets": [results | {"target": {"domain": "scans & co"}}],
+        "third": results | {"target": {"domain": "maps"}},
+    }
+    html = words.curves_tables(several)
+    assert html.count("<table") == 3
+    assert "scans &amp; co (not authorized)" in html
+    assert "maps (neither authorized nor forbidden)" in html
 
 
 def test_values_from_a_record_are_text(folders):
