@@ -94,6 +94,12 @@ def _compress(options: Namespace) -> dict[str, Any]:
     return {"folder": str(compress_report(options.folder, options.out))}
 
 
+def _expand(options: Namespace) -> dict[str, Any]:
+    from .publishing.report import expand_report
+
+    return {"folder": str(expand_report(options.folder, options.out))}
+
+
 def _sign_options(parser: ArgumentParser) -> None:
     _folder(parser)
     parser.add_argument("--private_key", required=True, help="elliptic-curve key, PEM")
@@ -203,7 +209,7 @@ def _printable(character: str) -> str:
 
 COMMANDS = {
     "report": Command(
-        "Write figures, card and record of a folder anew, with attacks added.",
+        "Write figures, card and record of a folder anew, with attacks added; a card that you edited is kept.",
         _report,
         lambda found: f"wrote the report of {found['folder']}: {', '.join(found['files'])}",
         _report_options,
@@ -211,6 +217,12 @@ COMMANDS = {
     "compress": Command(
         "Copy a folder with the weights stored without their zeros; loads only where hf_ntp is imported.",
         _compress,
+        lambda found: f"wrote {found['folder']}; sign it anew",
+        _compress_options,
+    ),
+    "expand": Command(
+        "Undo compress.",
+        _expand,
         lambda found: f"wrote {found['folder']}; sign it anew",
         _compress_options,
     ),

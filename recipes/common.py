@@ -330,6 +330,7 @@ def run(
         recipe.attack_steps,
         recipe.attack_batch_size,
         tuple(recipe.attack_learning_rates),
+        warmup_steps=domains.warmup_steps(recipe.attack_steps),
         extensions=recipe.attack_extensions,
     )
     check_sample_sizes(recipe.sample_sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -71,11 +72,12 @@ def load_all(recipe: Any) -> Domains:
     from hf_ntp.data import check_target
 
     domains = Domains(load(recipe, "source"), load(recipe, "target"), load_third(recipe.third_dataset))
-    if both := sorted(domains.source.keys() & domains.target.keys()):
+    names = Counter(name for group in domains for name in group)
+    if both := sorted(name for name, count in names.items() if count > 1):
         raise ValueError(
-            f"{', '.join(both)} would be the name of an authorized and of an unauthorized domain: record, card and "
-            "terms could not tell them apart. Needed: names of their own. Rename a folder, or save what you take of a "
-            "dataset under another name (Dataset.save_to_disk)."
+            f"{', '.join(both)} would be the name of an authorized and of an unauthorized or third domain, or of both "
+            "of these: record, card and terms could not tell them apart. Needed: names of their own. Rename a "
+            "folder, or save what you take of a dataset under another name (Dataset.save_to_disk)."
         )
     for side, group in (("source", domains.source), ("target", domains.target)):
         for name, parts in group.items():
@@ -110,6 +112,13 @@ def check_sizes(images: Dataset, sample_sizes: list[int], seeds: list[int]) -> N
 
     for seed in seeds:
         nested_subsets(images["label"], sample_sizes, seed)
+
+
+def warmup_steps(steps: int) -> int:
+    """Steps over which the rate of a fit rises: those of the library, or a tenth of a short fit."""
+    from hf_ntp import FineTuneProtocol
+
+    return min(FineTuneProtocol.warmup_steps, steps // 10)
 
 
 def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -> None:

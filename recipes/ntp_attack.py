@@ -138,7 +138,11 @@ def main(argv: list[str]) -> dict[str, Any]:
     words = {"decisive": list(DECISIVE), "all": list(ATTACKS)}
     attacks = list(dict.fromkeys(name for word in arguments.attacks for name in words.get(word, [word])))
     protocol = hf_ntp.FineTuneProtocol(
-        arguments.steps, arguments.batch_size, tuple(arguments.learning_rates), extensions=arguments.extensions
+        arguments.steps,
+        arguments.batch_size,
+        tuple(arguments.learning_rates),
+        warmup_steps=domains.warmup_steps(arguments.steps),
+        extensions=arguments.extensions,
     )
     starts = {"protected": arguments.checkpoint}
     if arguments.unprotected is not None:
@@ -146,7 +150,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     if arguments.reference is not None:
         starts["reference"] = arguments.reference
     check_suite(starts, attacks, arguments.sample_sizes)
-    (target,) = domains.load(arguments, "target").values()
+    ((target_name, target),) = domains.load(arguments, "target").items()
     check_target(target["train"]["label"])
     parts = {"attacker": target["train"], "validation": target["validation"], "test": target["test"]}
     if arguments.owner_fraction > 0:
@@ -164,6 +168,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     data = hf_ntp.AttackData(train, validation, test, source)
     elsewhere: dict[str, hf_ntp.AttackData] = {}
     for name, third in domains.load_third(arguments.third_dataset).items():
+        if name == target_name:
+            raise ValueError(f"third_dataset is {name}, as target_dataset is; needed: another domain.")
         domains.check_sizes(third["attacker"], arguments.sample_sizes, arguments.seeds)
         kept = [hf_ntp.PixelDataset.from_dataset(third[part], processor) for part in parts]
         elsewhere[name] = hf_ntp.AttackData(*kept)

@@ -156,6 +156,13 @@ def test_a_compressed_copy_with_attacks(folder, tmp_path, capsys, monkeypatch):
     code, printed = run(capsys, "report", tmp_path / "small", "--repo_id", "org/small")
     assert code == 0, printed.err
     assert "| LoRA |" in (tmp_path / "small" / "README.md").read_text()
+    assert run(capsys, "expand", tmp_path / "small", tmp_path / "again")[0] == 0
+    assert run(capsys, "verify", tmp_path / "again")[0] == 0
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "import hf_ntp " in (tmp_path / "small" / "README.md").read_text()
+    assert "import hf_ntp " not in card
+    for name in ("model.safetensors", "config.json", "attacks.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
 
 
 def test_a_record_cannot_forge_what_is_printed(folder, capsys):

@@ -25,7 +25,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_ntp import read_record
+from hf_ntp import load_domain, read_record
 from hf_ntp.models import prunable_weights, zero_fraction
 from hf_ntp.training.arguments import ProtectionArguments
 
@@ -188,17 +188,18 @@ def test_your_own_model_and_folders_of_images(recipe, tmp_path):
 
 def test_several_domains_a_third_and_no_access(recipe, tmp_path):
     """All kinds of domains in one run, through the command line."""
+    load_domain("optdigits", max_samples=300).save_to_disk(tmp_path / "scans")
     results = recipe.main(
         [
             "--source_dataset", "mnist", "optdigits", "--source_weights", '{"mnist": 2, "optdigits": 1}',
-            "--target_dataset", "syn", "mnistm", "--third_dataset", "optdigits", "--target_access", "none",
+            "--target_dataset", "syn", "mnistm", "--third_dataset", str(tmp_path / "scans"), "--target_access", "none",
             "--output_dir", str(tmp_path / "run"), *QUICK, "--attack_seeds", "0", "--max_steps", "4",
             "--save_strategy", "no", "--target_max_samples", "300",
         ]
     )  # fmt: skip
     assert results["target"] == {"domain": "syn", "dataset": "syn", "access": "none"}
     assert results["other_targets"][0]["target"]["domain"] == "mnistm"
-    assert results["third"]["target"]["domain"] == "optdigits"
+    assert results["third"]["target"]["domain"] == "scans"
     record = read_record(tmp_path / "run" / "protected")
     assert [found["domain"] for found in record["source_accuracy"]["domains"]] == ["mnist", "optdigits"]
     assert [found["domain"] for found in record["evidence"]] == ["syn", "mnistm"]
@@ -211,6 +212,11 @@ def test_several_domains_a_third_and_no_access(recipe, tmp_path):
     [
         (["--source_dataset", "mnist", "mnist"], ValueError, "domains with names of their own"),
         (["--target_dataset", "mnist"], ValueError, "mnist would be the name of an authorized and of an unauthorized"),
+        (
+            ["--third_dataset", "optdigits"],
+            ValueError,
+            "optdigits would be the name of an authorized",
+        ),
         (["--target_weights", '{"digits": 1}'], ValueError, "target_weights are for 'digits'; needed: .*'optdigits'"),
         (["--prune_exclude", "."], ValueError, "no prunable weight left"),
         (["--prune_pattern", "2:7"], ValueError, "2:7"),
@@ -532,6 +538,7 @@ def test_an_attack_on_other_weights_under_the_same_name_is_refused(finished, tmp
         (["--controls"], "--controls needs --unprotected"),
         (["--attacks", "dance"], "needed: names among"),
         (["--sample_sizes", "10", "100000"], "sample_sizes"),
+        (["--third_dataset", "optdigits"], "third_dataset is optdigits, as target_dataset is"),
     ],
 )
 def test_bad_options_of_the_attack_recipe(finished, tmp_path, capsys, options, said):

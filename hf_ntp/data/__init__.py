@@ -9,7 +9,7 @@ from .domains import EMBEDDED_DOMAINS, load_domain
 from .images import PixelDataset, check_pixels, preprocess, to_rgb
 from .neighbourhood import Neighbourhood
 from .reference import DomainReference, domain_name
-from .rows import contents_of, fetch_rows, fingerprint_of
+from .rows import PixelValues, contents_of, fetch_rows, fingerprint_of
 from .splits import nested_subsets, split_owner_attacker, stratified_pieces
 from .synthetic import mnistm, syn
 
@@ -20,6 +20,7 @@ __all__ = [
     "DomainReference",
     "Neighbourhood",
     "PixelDataset",
+    "PixelValues",
     "RandomShift",
     "RandomView",
     "check_labels",

@@ -206,7 +206,8 @@ def _preprocess(
         remove_columns=columns,
         features=features,
         num_proc=num_proc,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        # The fingerprint knows values of labels, the file also their type and names.
+        cache_file_name=str(folder / f"{fingerprint}-{hashlib.sha256(repr(label).encode()).hexdigest()[:8]}.arrow"),
         new_fingerprint=fingerprint[:32],
         desc="Resizing images",
     )

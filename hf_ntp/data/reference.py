@@ -9,13 +9,21 @@ from typing import Any
 
 import datasets
 
-from .columns import dataset_fingerprint
+from .columns import column_values, dataset_fingerprint, find_columns
 
 
 def domain_name(dataset: str, config: str | None = None) -> str:
     """What reports call a domain: the last part of its path or id, and its configuration where one was chosen."""
     name = Path(dataset).stem if Path(dataset).exists() else dataset.rpartition("/")[2]
     return name if config is None else f"{name}-{config}"
+
+
+def _classes(dataset: datasets.Dataset) -> list[str]:
+    column = find_columns(dataset)[1]
+    feature = dataset.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    return [str(label) for label in sorted(set(column_values(dataset, column)))]
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,19 @@ class DomainReference:
 
         Args:
             dataset: What was passed to ``load_domain``. Of a local path only the last part is kept.
-            parts: Splits, or parts of splits, with a ``ClassLabel`` column "label".
+            parts: Splits, or parts of splits, of images and labels.
             config: As passed to ``load_domain``.
             revision: As passed to ``load_domain``.
+
+        Raises:
+            TypeError: If ``parts`` is one dataset.
+            ValueError: If images or labels cannot be found.
         """
+        if not isinstance(parts, Mapping):
+            raise TypeError(
+                f"parts is {type(parts).__name__}; needed: a dict of datasets by what they were used for, such as "
+                "{'train': ...}, or {'owner': ..., 'attacker': ..., 'validation': ..., 'test': ...} of a target."
+            )
         local = Path(dataset).exists()
         return cls(
             name=domain_name(dataset, config),
@@ -61,7 +78,7 @@ class DomainReference:
             config=config,
             revision=revision,
             fingerprint={name: dataset_fingerprint(part) for name, part in parts.items()},
-            classes=list(next(iter(parts.values())).features["label"].names),
+            classes=_classes(next(iter(parts.values()))),
         )
 
     def for_record(self) -> dict[str, Any]:

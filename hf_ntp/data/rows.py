@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
+import numpy as np
 from torch.utils.data import Dataset
 
-from .columns import Content
+from .columns import Content, column_values
+
+
+class PixelValues(Dataset):
+    """Rows "pixel_values" and, where there are some, "labels" of a `datasets.Dataset`, as tensors.
+
+    Args:
+        data: Dataset with these columns, or "label" for the second.
+    """
+
+    def __init__(self, data: datasets.Dataset) -> None:
+        if "labels" not in data.features and "label" in data.features:
+            data = data.rename_column("label", "labels")
+        self._rows = data.select_columns([name for name in ("pixel_values", "labels") if name in data.features])
+        self._rows.set_format("torch")
+        self.class_names: list[str] | None = None
+        labels = b""
+        if "labels" in data.features:
+            self.labels = column_values(data, "labels")
+            self.class_names = getattr(data.features["labels"], "names", None)
+            labels = repr(self.labels).encode()
+        images = hashlib.sha256(f"{len(data)}\n".encode())
+        for batch in data.select_columns("pixel_values").with_format("numpy").iter(batch_size=100):
+            images.update(np.ascontiguousarray(batch["pixel_values"]).data)
+        self.fingerprint = hashlib.sha256(images.digest() + labels).hexdigest()
+        self.contents = frozenset({Content(self.fingerprint, images.hexdigest())})
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._rows[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return several rows at once."""
+        return self._rows.__getitems__(indices)
 
 
 def fetch_rows(dataset: Dataset, indices: Sequence[int]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel
 
 from ..attacks import FineTuneProtocol
 from ..attacks.fine_tuning import predictor
@@ -29,6 +29,7 @@ from ..models import (
 )
 from ..run_folder import weight_digests
 from ..training.domains import classifies
+from ..training.paired_data import collate
 from .arms import Arm, standard_arms
 from .runner import AttackData, LearningCurves, accuracy_of, sample_wise_learning_curves
 from .suite import check_same_architecture
@@ -241,7 +242,7 @@ def measure_sparsity(
     weights = noted_prunable_weights(model)
     # Dataset has no __len__ for the type checker, but every map-style dataset has one.
     some: Dataset = Subset(source, range(min(len(source), _LIVE_IMAGES)))  # type: ignore[arg-type]
-    batches: Iterable[dict[str, Any]] = DataLoader(some, 64, collate_fn=default_data_collator)
+    batches: Iterable[dict[str, Any]] = DataLoader(some, 64, collate_fn=collate)
     inside = "" if has_head(model) else f"{model.base_model_prefix}."  # parameters are named as in the file of weights
     classes = 0 if inside else find_head(model)[1].out_features
     batches = (batch if _fit_head(batch, classes) else {"pixel_values": batch["pixel_values"]} for batch in batches)

@@ -42,6 +42,10 @@ def check_sample_sizes(sample_sizes: Sequence[int]) -> None:
         sizes = torch.as_tensor(sample_sizes).tolist()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"sample_sizes are {sample_sizes}; needed: numbers of images.") from error
+    if not isinstance(sizes, list) or not all(
+        isinstance(size, (int, float)) and math.isfinite(size) for size in sizes
+    ):
+        raise ValueError(f"sample_sizes are {sizes}; needed: a list of finite numbers, the same sizes for all seeds.")
     if len(sizes) < 2 or sizes[0] <= 0 or any(b <= a for a, b in pairwise(sizes)):
         raise ValueError(
             f"sample_sizes are {sizes}; needed: at least two positive sizes in strictly increasing order. "

@@ -93,6 +93,8 @@ def compress_into(folder: str | Path, out: Path) -> None:
 def expand_folder(folder: str | Path, out: str | Path) -> Path:
     """Undo :func:`compress_folder`: write a copy with ordinary weights, bit for bit, that loads without hf_ntp.
 
+    A record beside the weights does not fit the copy (``hf-ntp expand`` writes it anew).
+
     Args:
         folder: What :func:`compress_folder` wrote.
         out: Folder to make.
@@ -104,16 +106,22 @@ def expand_folder(folder: str | Path, out: str | Path) -> Path:
         FileNotFoundError: If ``folder`` holds no configuration or no compressed weights.
         ValueError: If ``out`` is taken or inside ``folder``, or the weights are damaged.
     """
-    folder, out = Path(folder), free_folder(folder, out)
+    out = free_folder(folder, out)
+    with whole_folder(out) as staged:
+        expand_into(folder, staged)
+    return out
+
+
+def expand_into(folder: str | Path, out: Path) -> None:
+    """Do what :func:`expand_folder` does, to fill an empty folder that has no name yet."""
+    folder = Path(folder)
     config = _read_config(folder)
     if (config.pop("quantization_config", None) or {}).get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{folder} is no compressed model; needed: a folder that compress_folder wrote.")
     tensors = read_bitmask_file(folder / SPARSE_FILE)
-    with whole_folder(out) as staged:
-        _copy_others(folder, staged, {SPARSE_FILE})
-        _write_config(staged, config)
-        _write_dense(tensors, staged)
-    return out
+    _copy_others(folder, out, {SPARSE_FILE})
+    _write_config(out, config)
+    _write_dense(tensors, out)
 
 
 @register_quantization_config(QUANT_METHOD)

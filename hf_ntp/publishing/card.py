@@ -150,6 +150,11 @@ def compressed_card(card: str) -> str:
     return card.replace(_DENSE, _COMPRESSED)
 
 
+def expanded_card(card: str) -> str:
+    """Undo :func:`compressed_card`."""
+    return card.replace(_COMPRESSED, _DENSE)
+
+
 def render_card(
     record: Mapping[str, Any],
     repo_id: str = NO_REPO,

@@ -146,6 +146,6 @@ def check_files(record: Mapping[str, Any], digests: Mapping[str, str]) -> None:
         raise VerificationError(
             "the files are not those of the authorization record: "
             + "; ".join(f"{word}: {listed(names)}" for word, names in differing.items() if names)
-            + ". Needed: the very files that the owner recorded. Download them anew; as the owner, write the record "
-            "anew with write_record, then sign."
+            + ". Needed: the very files that the owner recorded. Download them anew; as the owner, write the "
+            "record anew (hf-ntp report FOLDER), then sign."
         )

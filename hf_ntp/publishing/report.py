@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,10 +15,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..data import DomainReference
 from ..evaluation.measure import SparsityReport
-from ..models.sparse_storage import SPARSE_FILE, compress_into, free_folder
+from ..models.sparse_storage import SPARSE_FILE, compress_into, expand_into, free_folder
 from ..run_folder import file_digest, weight_digests, whole_file, whole_folder
 from .attack_report import plot_attacks
-from .card import CARD_FILE, NO_REPO, card_repo_id, compressed_card, render_card
+from .card import CARD_FILE, NO_REPO, card_repo_id, compressed_card, expanded_card, render_card
 from .evidence import not_tested, source_accuracy, standard_evidence, standard_measurement, suite_measurement
 from .figure import plot_learning_curves
 from .record import SCHEMA_VERSION, SIGNATURE_FILE, encode_record, read_record, write_record
@@ -139,8 +139,8 @@ def refresh_report(
     """Write card, figures and record of a folder anew, optionally with the result of an attack suite.
 
     Args:
-        folder: As :func:`write_report` left it, or with a card edited since. A signature is no longer valid and is
-            removed.
+        folder: As :func:`write_report` left it. A signature is no longer valid and is removed. A card that was edited
+            since is kept, and recorded as it is, if nothing else is given.
         attacks: ``results.json`` of ``recipes/ntp_attack.py`` on this very model; it replaces an earlier one on the
             same domain.
         repo_id: What the card tells users to pass to ``from_pretrained``; default what it says already.
@@ -148,8 +148,9 @@ def refresh_report(
         terms: What the owner allows, in words.
 
     Raises:
-        ValueError: If the suite was run on other weights, or on a domain that the record does not name, or with
-            images that the protection may have seen, or weights or results are not those that were recorded.
+        ValueError: If the card was edited and something else is given, or the suite was run on other weights, or on a
+            domain that the record does not name, or with images that the protection may have seen, or weights or
+            results are not those that were recorded.
     """
     if repo_id is not None:
         validate_repo_id(repo_id)
@@ -170,15 +171,22 @@ def refresh_report(
                 f"{path} is not the one that was recorded with these weights: its numbers may be of others. Needed: "
                 "that one. Restore it, or write the folder anew."
             )
+    card, given = folder / CARD_FILE, (attacks, repo_id, license, terms)
+    edited = card.exists() and file_digest(card) != record["files"].get(CARD_FILE)
+    if edited and any(option is not None for option in given):
+        raise ValueError(
+            f"{card} was edited since it was written, and would be written over; needed: the card as it was, or none. "
+            "Move it away, do this again, put your words into the new card, and record that without any option."
+        )
     suites = {}
     for path in [*paths, *([] if attacks is None else [Path(attacks)])]:
         suite = _read_suite(path)
         suites[_domain_of(suite, weights, record, folder)] = suite
     evidence = standard_evidence(results) + [suite_measurement(suite, name) for name, suite in suites.items()]
-    given = {key: text for key, text in (("license", license), ("text", terms)) if text is not None}
+    changed = {key: text for key, text in (("license", license), ("text", terms)) if text is not None}
     record = {
         **record,
-        "terms": record["terms"] | given,
+        "terms": record["terms"] | changed,
         "evidence": evidence,
         "not_tested": not_tested(evidence, list(files)),
     }
@@ -186,6 +194,9 @@ def refresh_report(
     if (folder / SIGNATURE_FILE).exists():
         (folder / SIGNATURE_FILE).unlink()
         logger.warning("%s was signed, and its record is another now: the signature is removed. Sign it anew.", folder)
+    if edited:
+        write_record(folder, record)
+        return
     write_report(folder, record, results, suites, repo_id or card_repo_id(folder) or NO_REPO)
 
 
@@ -205,14 +216,25 @@ def compress_report(folder: str | Path, out: str | Path) -> Path:
         RecordError: If the files are not those that the record speaks of.
         ValueError: If the folder cannot be compressed.
     """
+    return _stored_otherwise(folder, out, compress_into, compressed_card)
+
+
+def expand_report(folder: str | Path, out: str | Path) -> Path:
+    """Undo :func:`compress_report`, with the same arguments and errors. Sign the copy anew."""
+    return _stored_otherwise(folder, out, expand_into, expanded_card)
+
+
+def _stored_otherwise(
+    folder: str | Path, out: str | Path, store: Callable[[str | Path, Path], None], reworded: Callable[[str], str]
+) -> Path:
     record = verify_folder(folder).record
     out = free_folder(folder, out)
     with whole_folder(out) as staged:
-        compress_into(folder, staged)
+        store(folder, staged)
         (staged / SIGNATURE_FILE).unlink(missing_ok=True)
         card = staged / CARD_FILE
         if card.exists():
-            card.write_text(compressed_card(card.read_text(encoding="utf-8")), encoding="utf-8")
+            card.write_text(reworded(card.read_text(encoding="utf-8")), encoding="utf-8")
         for file, _ in suite_files(record).values():
             if (staged / file).exists():  # the weights are the same, in another file
                 _write_json(staged / file, _read_suite(staged / file) | {"weights": weight_digests(staged)})

@@ -154,8 +154,8 @@ def check_fit(network: PreTrainedModel, args: NTPConfig, rows: int, targets: int
         )
 
 
-def warn_of_frozen_layers(network: PreTrainedModel, head_name: str) -> None:
-    """Say so where layers would not be protected, and could be trained by an attacker all the same."""
+def frozen_layers(network: PreTrainedModel, head_name: str) -> list[str]:
+    """Names of layers that will not be protected; says so, as an attacker can train them all the same."""
     unused = network.unused if isinstance(network, EncoderWithHead) else set()
     fixed = [
         name
@@ -170,3 +170,4 @@ def warn_of_frozen_layers(network: PreTrainedModel, head_name: str) -> None:
             len(fixed),
             ", ".join(fixed[:3]),
         )
+    return fixed

@@ -27,17 +27,17 @@ class Joined(Dataset):
 
     Args:
         parts: Datasets by name.
-        labelled: Whether rows have labels; if not, those that some datasets have are left out.
+        labels: Labels of each; if None, those that rows of some have are left out.
     """
 
-    def __init__(self, parts: Mapping[str, Dataset], labelled: bool) -> None:
+    def __init__(self, parts: Mapping[str, Dataset], labels: Sequence[np.ndarray] | None) -> None:
         self.parts = dict(parts)
         self.fingerprint = [[name, fingerprint_of(part)] for name, part in parts.items()]  # rows go by their order
         self.contents = frozenset[Content]().union(*map(contents_of, parts.values()))
         self.class_names = next(iter(_names(parts).values()), None)
-        if labelled:
-            self.labels = np.concatenate([labels_of(part, name) for name, part in self.parts.items()])
-        self._keys = ("pixel_values", "labels") if labelled else ("pixel_values",)
+        if labels is not None:
+            self.labels = np.concatenate(labels)
+        self._keys = ("pixel_values",) if labels is None else ("pixel_values", "labels")
         self._starts = np.cumsum([0, *(length_of(part) for part in self.parts.values())])
 
     def __len__(self) -> int:
@@ -76,17 +76,19 @@ def source_domain(
             the model's.
     """
     if not isinstance(data, Mapping):
-        images = _checked(data, SOURCE, image_processor, num_classes)
-        if num_classes is not None:
+        images, labels = _checked(data, SOURCE, image_processor, num_classes)
+        if labels is not None:
             check_same_classes({SOURCE: images}, class_names)
         return images
     _check_one_split(data, SOURCE)
     if not data:
         raise ValueError(f"{SOURCE} is an empty mapping; needed: at least one authorized domain by name.")
-    parts = {name: _checked(part, f"{SOURCE} {name!r}", image_processor, num_classes) for name, part in data.items()}
-    if num_classes is not None:
+    checked = {name: _checked(part, f"{SOURCE} {name!r}", image_processor, num_classes) for name, part in data.items()}
+    parts = {name: part for name, (part, _) in checked.items()}
+    found = [part_labels for _, part_labels in checked.values() if part_labels is not None]
+    if found:
         check_same_classes(parts, class_names)
-    return Joined(parts, labelled=num_classes is not None)
+    return Joined(parts, found or None)
 
 
 def held_out(
@@ -116,21 +118,24 @@ def held_out(
             f"one of {', '.join(map(repr, several))}" if several else type(data).__name__,
             by_name if several else "",
         )
-    for name, part in parts.items():
-        check_labels(labels_of(part, name), num_classes, name)
+    labels = {name: labels_of(part, name) for name, part in parts.items()}
+    for name, found in labels.items():
+        check_labels(found, num_classes, name)
     check_same_classes(parts, class_names)
-    return Joined(parts, labelled=True) if parts else None
+    return Joined(parts, list(labels.values())) if parts else None
 
 
 def _checked(
     data: ImageData, name: str, image_processor: BaseImageProcessor | None, num_classes: int | None
-) -> Dataset:
+) -> tuple[Dataset, np.ndarray | None]:
+    """Images, and their labels where they are looked at; reading these may decode every image."""
     pixels = as_pixels(data, image_processor, name, labelled=num_classes is not None)
     if num_classes is None:
         check_images(pixels, name)
-    else:
-        check_labels(labels_of(pixels, name), num_classes, name)
-    return pixels
+        return pixels, None
+    labels = labels_of(pixels, name)
+    check_labels(labels, num_classes, name)
+    return pixels, labels
 
 
 def _check_one_split(data: Any, name: str) -> None:

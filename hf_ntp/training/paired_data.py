@@ -7,12 +7,12 @@ from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import BaseImageProcessor, default_data_collator
 
-from ..data import MOST_CLASSES, PixelDataset, check_labels, check_target, fetch_rows
-from ..data.columns import column_values
+from ..data import MOST_CLASSES, PixelDataset, PixelValues, check_labels, check_target, fetch_rows
 
 ImageData: TypeAlias = datasets.Dataset | Dataset
 Index = tuple[int, int, tuple[tuple[int, ...], ...]]
@@ -75,6 +75,8 @@ def collate(rows: Any) -> dict[str, Any]:
     if isinstance(rows, dict):
         return rows
     batch = default_data_collator(rows)
+    if batch.get("pixel_values") is not None and batch["pixel_values"].dtype == torch.float64:
+        batch["pixel_values"] = batch["pixel_values"].float()  # what numpy makes of image / 255
     labels = batch.get("labels")
     if labels is not None and labels.numel() == len(rows) and not labels.is_floating_point():
         batch["labels"] = labels.long().flatten()  # as losses take them, whatever kind of integers they were
@@ -189,14 +191,22 @@ def labels_of(dataset: Dataset, name: str) -> np.ndarray:
         )
     if size:
         _batch(dataset, [0])
-    labels = column_values(dataset, "labels") if isinstance(dataset, datasets.Dataset) else None
-    labels = getattr(dataset, "labels", labels)
-    if not isinstance(labels, Sized) or len(labels) != size:  # such as names of classes, or those of a larger dataset
+    labels: Any = getattr(dataset, "labels", None)
+    # Others may be names of classes, or labels of a larger dataset.
+    if not isinstance(labels, Sized) or len(labels) != size or not _equal(labels, first):
         labels = [dataset[i]["labels"] for i in range(size)]
     values = np.asarray([label.item() if isinstance(label, Tensor) else label for label in labels])
     check_target(values, name)
     check_labels(values, MOST_CLASSES, name)
     return values.astype(np.int64)
+
+
+def _equal(labels: Any, first: Mapping[str, Any]) -> bool:
+    """Whether labels, which may be anything, begin with that of the first row."""
+    try:
+        return not first or bool(np.asarray(labels[0]).item() == np.asarray(first["labels"]).item())
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _keys_of(row: Any) -> str:
@@ -237,9 +247,7 @@ def as_pixels(
     if not isinstance(data, datasets.Dataset):
         return data
     if "pixel_values" in data.features and not _has_images(data):
-        if "labels" not in data.features and "label" in data.features:
-            data = data.rename_column("label", "labels")
-        return data.select_columns([c for c in ("pixel_values", "labels") if c in data.features]).with_format("torch")
+        return PixelValues(data)
     if image_processor is None:
         raise ValueError(
             f"{name} holds images but processing_class is None; needed: the model's image processor. Pass "

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -58,7 +59,7 @@ from ..run_folder import remove, whole_model, writing
 from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
 from .checkpoint import RunState, check_settings, last_checkpoint, load_state, load_weights_strictly, save_state
-from .checks import check_apart, check_call, check_fit, check_sizes, matches_features, warn_of_frozen_layers
+from .checks import check_apart, check_call, check_fit, check_sizes, frozen_layers, matches_features
 from .config import NTPConfig
 from .distributed import check_processes, choose_units
 from .domains import Joined, check_task, classifies, held_out, shares_of, source_domain, target_domains
@@ -242,7 +243,7 @@ class NTPTrainer(Trainer):
         shares = shares_of(args.target_weights, list(targets), "target_weights")
         self._target_shares = shares or [1 / len(targets)] * len(targets)
         self.prunable = chosen_weights(network, args, head_name)
-        warn_of_frozen_layers(network, head_name)
+        self._frozen = frozen_layers(network, head_name)
         # Asked now: a folder may have moved when the record is written.
         self.base_model = hub_id(getattr(plain_model(network).config, "_name_or_path", None))
         self.paired_sampler = PairedSampler(
@@ -523,12 +524,14 @@ class NTPTrainer(Trainer):
 
     def _note_pruning(self) -> None:
         """Note in the config what was pruned: whoever has the weights needs it to tell zeros that are meant."""
+        # Nothing is frozen in a model that is loaded. A wrapped encoder is saved without the wrapper's name.
+        frozen = [rf"(^|\.){re.escape(name.removeprefix('encoder.'))}\.weight$" for name in self._frozen]
         self.model.config.ntp = {
             "method": "non-transferable-pruning",
             "sparsity": zero_fraction(list(self.prunable.values())),
             "requested_sparsity": self.args.sparsity,
             "prune_include": self.args.prune_include,
-            "prune_exclude": self.args.prune_exclude,
+            "prune_exclude": [*self.args.prune_exclude, *frozen],
             "head_name": self.args.head_name,
             **({"encoder_name": self.args.encoder_name} if self._headless else {}),
         }

@@ -188,6 +188,15 @@ def test_pixels_are_stored_once_and_memory_mapped(monkeypatch):
     assert first.features["pixels"] == datasets.Array3D((3, 32, 32), "uint8")
 
 
+def test_labels_that_get_another_type_or_other_names():
+    """As our own messages advise: images stored before are no hindrance, and names are the present ones."""
+    data = labelled(random_images(4, 28, 28))
+    for feature in (datasets.Value("int32"), datasets.Value("int64"), datasets.ClassLabel(names=["x", "y"])):
+        found = PixelDataset.from_dataset(data.cast_column("label", feature), VIT)
+        assert found.class_names == getattr(feature, "names", None)
+        assert found.labels.tolist() == [0, 1, 0, 1]
+
+
 def test_two_processes_give_equal_pixels():
     data = labelled(random_images(8, 28, 28))
     one = PixelDataset.from_dataset(data, VIT).tensors()[0]

@@ -60,6 +60,9 @@ def test_bad_sizes(sizes):
 def test_what_are_no_numbers():
     with pytest.raises(ValueError, match=r"sample_sizes are \['10', '100'\]; needed: numbers"):
         slc_auc([0.5, 0.6], [0.5, 0.6], ["10", "100"])
+    for bad in ([10, 100, float("nan")], [10, float("inf")], [[10, 100], [10, 100]], 100):
+        with pytest.raises(ValueError, match="needed: a list of finite numbers, the same sizes for all seeds"):
+            check_sample_sizes(bad)
     for bad in ([0.5, None], [[0.5, 0.6], [0.5]]):
         with pytest.raises(ValueError, match="the curves are no numbers of one shape"):
             slc_auc(bad, bad, [10, 100])

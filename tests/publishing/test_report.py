@@ -259,6 +259,21 @@ def test_results_of_another_model_are_refused(folder, results):
         refresh_report(folder)
 
 
+def test_an_edited_card_is_kept(folder, attacks, written):
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "\nCite us.\n")
+    attacks["weights"] = weight_digests(folder)
+    for options in ({"attacks": written(attacks)}, {"repo_id": "org/other"}, {"terms": "Nothing."}):
+        with pytest.raises(ValueError, match=r"README\.md was edited since it was written, and would be written over"):
+            refresh_report(folder, **options)
+    refresh_report(folder)
+    assert card.read_text().endswith("Cite us.\n")
+    assert read_record(folder)["files"]["README.md"] == file_digest(card)
+    card.unlink()
+    refresh_report(folder, terms="Nothing.")
+    assert "Nothing." in card.read_text()
+
+
 def test_licence_and_terms_can_be_changed(folder):
     refresh_report(folder, license="mit", terms="Photos of cats only.")
     assert read_record(folder)["terms"] == {"license": "mit", "text": "Photos of cats only."}

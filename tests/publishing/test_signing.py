@@ -92,7 +92,7 @@ def test_the_signature_does_not_go_through_a_link(folder, keys, tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda folder: (folder / "README.md").write_text("card"), r"changed: README\.md\. Needed.*write_record"),
+        (lambda folder: (folder / "README.md").write_text("card"), r"changed: README\.md\. Needed.*hf-ntp report"),
         (lambda folder: (folder / "sub" / "notes.txt").unlink(), r"missing: sub/notes\.txt\."),
         (lambda folder: (folder / "new.txt").write_text(""), r"added: new\.txt\."),
         (lambda folder: (folder / "training_args.bin").write_text(""), r"training_args\.bin"),

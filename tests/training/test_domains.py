@@ -27,14 +27,14 @@ class Named(Rows):
 
 
 def test_joined_rows_are_those_of_the_parts():
-    joined = Joined(TWO, labelled=True)
+    joined = Joined(TWO, [part.labels for part in TWO.values()])
     assert len(joined) == 48
     rows = joined.__getitems__([31, 2, 47, 30])
     assert torch.equal(rows[0]["pixel_values"], TWO["b"].images[1])
     assert torch.equal(rows[1]["pixel_values"], TWO["a"].images[2])
     assert [row["labels"] for row in rows] == [1, 2, 17 % 3, 0]
     assert np.array_equal(joined.labels, [*TWO["a"].labels, *TWO["b"].labels])
-    mixed = Joined({"a": Rows(4), "b": Unlabelled(4)}, labelled=False)
+    mixed = Joined({"a": Rows(4), "b": Unlabelled(4)}, None)
     assert all(set(row) == {"pixel_values"} for row in mixed.__getitems__([0, 7]))
 
 

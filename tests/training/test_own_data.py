@@ -5,13 +5,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
-from hf_ntp import NTPTrainer, PixelDataset
-from hf_ntp.data import MOST_CLASSES
-from hf_ntp.models import noted_prunable_weights, prunable_weights, zero_fraction
+from hf_ntp import NTPTrainer, PixelDataset, read_record, write_folder
+from hf_ntp.data import MOST_CLASSES, PixelValues
+from hf_ntp.evaluation.measure import measure_sparsity
+from hf_ntp.models import load_model, noted_prunable_weights, prunable_weights, zero_fraction
+from hf_ntp.training.paired_data import labels_of
 
-from ..conftest import Rows, tiny_vit
+from ..conftest import Rows, tiny_resnet, tiny_vit
 from .test_trainer import NO_TARGET, trainer
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 8, "width": 8})
@@ -96,6 +99,71 @@ def test_a_dataset_of_pixel_values(tmp_path, name):
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
 
 
+def pixel_values(names, seed=0, count=12):
+    rows = {"pixel_values": np.random.default_rng(seed).random((count, 3, 8, 8), np.float32).tolist()}
+    feature = datasets.ClassLabel(names=names)
+    return datasets.Dataset.from_dict(rows).add_column("label", [0, 1, 2] * (count // 3), feature=feature)
+
+
+def test_what_is_known_of_pixel_values(tmp_path):
+    """Names of classes are compared, and images told apart, as where images are pre-processed here."""
+    animals = ["cat", "dog", "fox"]
+    model, other = tiny_vit(), pixel_values(["x", "y", "z"], 1)
+    model.config.id2label = dict(enumerate(animals))
+    ours = NTPTrainer(model, trainer(tmp_path / "a").args, pixel_values(animals), other)
+    assert ours.train_dataset.source.class_names == animals
+    assert isinstance(ours.train_dataset.source[1]["pixel_values"], torch.Tensor)
+    same, another = PixelValues(pixel_values(animals)), PixelValues(pixel_values(animals, 2))
+    assert same.fingerprint == ours.train_dataset.source.fingerprint != another.fingerprint
+    for source, target, message in (
+        (pixel_values(["dog", "cat", "fox"]), other, "different classes .*dog, cat, fox"),
+        (pixel_values(animals), pixel_values(["x", "y", "z"]), "have the same images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            NTPTrainer(model, trainer(tmp_path / "a").args, source, target)
+
+
+class Rewritten(Dataset):
+    """Rows that are changed as they are read; counts how often."""
+
+    def __init__(self, change, **options):
+        self.rows, self.change, self.read = Rows(**options), change, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        self.read += 1
+        return self.change(self.rows[index])
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint8, lambda label: torch.tensor(label, dtype=torch.int32)])
+def test_labels_and_pixels_of_other_types_go_all_the_way(tmp_path, kind):
+    """Labels of 32 bits, pixels of 64 as numpy makes them; a ConvNet does not cast them itself."""
+
+    def change(row):
+        return {"pixel_values": row["pixel_values"].numpy().astype(np.float64), "labels": kind(row["labels"])}
+
+    data = {"source": Rewritten(change), "target": Rewritten(change, seed=1), "evaluation": Rewritten(change, seed=2)}
+    ours = trainer(tmp_path / "run", tiny_resnet(), **data, max_steps=2, **NO_TARGET)
+    ours.train()
+    assert ours.evaluate()["eval_loss"] > 0
+    write_folder(ours, tmp_path / "published")
+
+
+def test_an_attribute_with_names_of_classes_is_not_taken_for_labels(tmp_path):
+    named = Rewritten(dict)
+    named.labels = ["abc"[label] for label in named.rows.labels]
+    assert labels_of(named, "train_dataset").tolist() == named.rows.labels.tolist()
+
+
+def test_rows_are_read_once_for_their_labels(tmp_path):
+    parts = [Rewritten(dict, seed=seed) for seed in range(4)]
+    a, b, target, evaluation = parts
+    NTPTrainer(tiny_vit(), trainer(tmp_path).args, {"a": a, "b": b}, target, {"a": evaluation})
+    assert all(part.read < 1.2 * len(part) for part in parts)
+
+
 def test_rows_that_are_no_dicts(tmp_path):
     with pytest.raises(ValueError, match="rows are of type tuple; needed: 'pixel_values' and 'labels'"):
         trainer(tmp_path, source=[(image, 0) for image in Rows().images])
@@ -120,6 +188,19 @@ def test_frozen_layers_are_said(tmp_path, caplog):
     model.vit.layers[0].requires_grad_(False)
     trainer(tmp_path, model)
     assert "6 layers are frozen (vit.layers.0" in caplog.text
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_frozen_layers_are_no_part_of_the_sparsity(tmp_path, whole):
+    """In the record and for who measures the folder, where nothing is frozen any more."""
+    model = tiny_vit() if whole else tiny_vit().vit
+    (model.vit if whole else model).layers[0].requires_grad_(False)
+    ours = trainer(tmp_path / "run", model, **NO_TARGET)
+    ours.train()
+    write_folder(ours, folder := tmp_path / "published")
+    recorded, measured = read_record(folder)["sparsity"], measure_sparsity(load_model(folder), Rows())
+    assert measured.achieved == recorded["achieved"] == pytest.approx(0.6, abs=1e-3)
+    assert measured.prunable_weights == recorded["prunable_weights"]
 
 
 def test_what_has_no_part_in_features_is_not_called_frozen(tmp_path, caplog):
