@@ -69,7 +69,8 @@ def _report_options(parser: ArgumentParser) -> None:
     _folder(parser)
     parser.add_argument(
         "--attacks",
-        help="results.json of `hf-ntp evaluate` on this model, to be added; it replaces one on the same domain",
+        help="results.json of `hf-ntp evaluate` on this model, to be added; it replaces one on the same domain, and "
+        "has to have its attacks. Controls and a third domain stay in that file",
     )
     parser.add_argument("--repo_id", help="what the card says to load; default what it says already")
     parser.add_argument("--license", help="licence id; default what the record says already")
@@ -136,7 +137,11 @@ def _show_verify(found: dict[str, Any]) -> str:
 def _push_options(parser: ArgumentParser) -> None:
     _folder(parser)
     parser.add_argument("repo_id", help="ORG/NAME on the Hub; made when missing")
-    parser.add_argument("--public", action="store_true", help="make a new repository public; default private")
+    parser.add_argument(
+        "--public",
+        action="store_true",
+        help="make the repository public, also one that is private now; default private",
+    )
     parser.add_argument("--gated", choices=["auto", "manual"], help="let visitors ask for access first")
     parser.add_argument("--branch", help="branch to push to; made when missing")
     parser.add_argument("--private_key", help="sign the folder first, as `hf-ntp sign` does")

@@ -29,6 +29,13 @@ class AttackArguments:
     target_dataset: str = field(metadata={"help": "Unauthorized domain: embedded name, Hub id, folder, parquet."})
     output_dir: str = field(metadata={"help": "Folder of this run."})
     unprotected: str | None = field(default=None, metadata={"help": "The model before protection, if there is one."})
+    image_processor: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of another image processor, where the checkpoint comes without one or "
+            "transformers has its own for torchvision alone (DINOv3)."
+        },
+    )
     target_config: str | None = field(default=None, metadata={"help": "Configuration of that Hub dataset."})
     target_split: str | None = field(default=None, metadata={"help": "Take only this split, and divide it."})
     target_revision: str | None = field(default=None, metadata={"help": "Revision of that Hub dataset."})
@@ -156,7 +163,11 @@ def main(argv: list[str]) -> dict[str, Any]:
     if arguments.owner_fraction > 0:
         _, parts["attacker"] = hf_ntp.split_owner_attacker(target["train"], arguments.owner_fraction)
     domains.check_sizes(parts["attacker"], arguments.sample_sizes, arguments.seeds)
-    processor = AutoImageProcessor.from_pretrained(arguments.checkpoint, backend="pil")
+    preparing = arguments.image_processor or arguments.checkpoint
+    try:
+        processor = AutoImageProcessor.from_pretrained(preparing, backend="pil")
+    except OSError as error:
+        raise OSError(f"{error}\nGive the one that the checkpoint was trained with: --image_processor.") from error
     source = None
     if arguments.source_dataset is not None:
         (domain,) = domains.load(arguments, "source").values()

@@ -525,7 +525,11 @@ def test_runs_with_other_attacks_share_fits(finished, tmp_path):
 def test_an_attack_on_other_weights_under_the_same_name_is_refused(finished, tmp_path):
     """Its controls would have another sparsity."""
     shutil.copytree(finished[0] / "protected", tmp_path / "protected")
+    (tmp_path / "protected" / "preprocessor_config.json").unlink()
     options = attack_options(tmp_path, tmp_path / "out", "--attacks", "ridge_probe")
+    with pytest.raises(OSError, match="Give the one that the checkpoint was trained with: --image_processor"):
+        ntp_attack.main(options)
+    options += ["--image_processor", str(finished[0] / "protected")]
     ntp_attack.main(options)
     shutil.copy(finished[0] / "unprotected" / "model.safetensors", tmp_path / "protected")
     with pytest.raises(ValueError, match=r"holds another run \(weights_of_starts"):

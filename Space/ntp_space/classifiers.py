@@ -73,7 +73,7 @@ class Classifiers:
         """Return the models by name.
 
         Raises:
-            OSError, ValueError: If one cannot be loaded.
+            ValueError: If one cannot be loaded; says which.
         """
         with self._lock:
             if self._loaded is None:
@@ -81,6 +81,16 @@ class Classifiers:
             return self._loaded
 
     def _load(self, name: str) -> Classifier:
+        settings = self._showcase.settings
+        variable, given = (
+            ("NTP_MODEL", settings.model) if name == "protected" else ("NTP_UNPROTECTED", settings.unprotected)
+        )
+        try:
+            return self._loaded_from(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the {name} model, {given}, cannot be loaded: {error} Check {variable}.") from error
+
+    def _loaded_from(self, name: str) -> Classifier:
         import torch
 
         # Visitors are answered side by side; more threads for each would only get in each other's way.

@@ -117,8 +117,8 @@ def _answer(classifiers: Classifiers, image: Image.Image | None, text: str, kind
     if image is not None:
         try:
             models = classifiers.load()
-        except (OSError, ValueError) as error:
-            image, text, kind = None, f"The model cannot be loaded: {error}", "bad"
+        except ValueError as error:
+            image, text, kind = None, str(error), "bad"
     if image is None:
         return [words.note(text, kind), "", *(None for _ in classifiers.names)]
     seen = words.picture(models["protected"].seen(image), "", "ntp-seen")

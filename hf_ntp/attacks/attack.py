@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
@@ -45,6 +45,8 @@ class FineTuneProtocol:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        if isinstance(self.learning_rates, (int, float, str)):
+            raise ValueError(f"learning_rates is {self.learning_rates!r}; needed: a sequence, such as (1e-3,).")
         object.__setattr__(self, "learning_rates", tuple(sorted(set(self.learning_rates))))
         if (
             not isinstance(self.steps, int)
@@ -111,6 +113,8 @@ class Attack(ABC):
 
     def settings(self) -> dict[str, Any]:
         """JSON-ready fields: what a cached result depends on."""
+        if not is_dataclass(self):
+            raise TypeError(f"{type(self).__name__} is no dataclass; needed: @dataclass(frozen=True) above its class.")
         return asdict(cast(Any, self))
 
     def grid(self, protocol: FineTuneProtocol) -> tuple[float, ...]:

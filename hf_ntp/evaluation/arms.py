@@ -23,6 +23,17 @@ class Arm:
     random_init: bool = False
     attack: Attack = field(default_factory=lambda: ATTACKS["dense"])
 
+    def __post_init__(self) -> None:
+        """Check the attack.
+
+        Raises:
+            TypeError: If it is none.
+        """
+        if not isinstance(self.attack, Attack):
+            raise TypeError(
+                f"attack is {self.attack!r}; needed: an Attack, such as ATTACKS['dense'] or one of your own."
+            )
+
 
 def standard_arms(unprotected: str, protected: str) -> list[Arm]:
     """Scratch, unprotected, protected with the mask kept and protected dense: the comparison of every report."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 NOT_ARCHITECTURE = ("id2label", "label2id", "_name_or_path", "transformers_version", "ntp")
 """Keys of a checkpoint's config that say nothing of its architecture."""
 
+# Stands for code that cannot be read: nothing of it is found again by another process.
+_UNREADABLE = token_hex()
+
 
 class Fit(NamedTuple):
     """A point of a curve at one value of what is tuned."""
@@ -33,6 +38,18 @@ class Fit(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.arm.name}, {self.size} images, seed {self.seed}, tuned value {self.value:g}"
+
+
+def _identity(attack: type) -> object:
+    """What tells a kind of attack from others: the name of one of ours, of a user's own also its code."""
+    if attack.__module__.startswith("hf_ntp."):
+        return attack.__name__
+    own = [kind for kind in attack.__mro__ if not kind.__module__.startswith(("hf_ntp.", "builtins", "abc"))]
+    try:
+        code = [inspect.getsource(kind) for kind in own]
+    except (OSError, TypeError):
+        code = [_UNREADABLE]
+    return [attack.__module__, attack.__qualname__, *code]
 
 
 class Describer:
@@ -108,7 +125,7 @@ class Describer:
         return {
             "config": self.architecture(arm),
             "weights": weights,
-            "attack": [type(arm.attack).__name__, arm.attack.settings()],
+            "attack": [_identity(type(arm.attack)), arm.attack.settings()],
             "patterns": patterns,
             "source": self._source if arm.attack.needs_source else None,
         }

@@ -163,7 +163,8 @@ def sample_wise_learning_curves(
         sample_sizes: Strictly increasing, at most ``len(data.train)``.
         seeds: Attack seeds; three are the minimum for an interval worth showing.
         protocol: How to fine-tune; defaults of :class:`FineTuneProtocol`.
-        cache_dir: Where finished fits are kept; None keeps nothing, and shares nothing with other processes.
+        cache_dir: Where finished fits are kept; None keeps nothing, and shares nothing with other processes. Fits of
+            an attack of your own are done anew when the code of its class changes; what that calls is not looked at.
         jobs: Fits at a time in this process; default one per core that it has, or one where an accelerator does the
             work. More of them share it, each in a process of its own.
         together: Fits of like attacks and one architecture that are trained as one model, at most (`torch.func.vmap`);
@@ -171,9 +172,9 @@ def sample_wise_learning_curves(
             accelerator, which small models leave mostly idle. Their results are those of single fits up to rounding.
 
     Raises:
-        ValueError: For sizes that are unsorted, repeated, below 2 or larger than the set, for arms of one name, for
-            ``jobs`` and ``together`` below 1, and for several launched processes without ``cache_dir``: each would do
-            all fits.
+        ValueError: For attacks with a head that cannot name the target's classes, for sizes that are unsorted,
+            repeated, below 2 or larger than the set, for arms of one name, for ``jobs`` and ``together`` below 1, and
+            for several launched processes without ``cache_dir``: each would do all fits.
         RuntimeError: If a fit fails; says which.
     """
     protocol = protocol or FineTuneProtocol()
@@ -193,6 +194,9 @@ def sample_wise_learning_curves(
     # As plain integers, whatever they came as: they become part of keys.
     seeds, sample_sizes = list(subsets), list(next(iter(subsets.values())))
     arms = [replace(arm, checkpoint=local_folder(arm.checkpoint)) for arm in arms]
+    for arm in [arm for arm in arms if arm.attack.uses_head and not arm.random_init]:
+        if reason := arm.attack.unsuitable(load_start(arm, seed=0), data.num_labels):
+            raise ValueError(f"arm {arm.name!r}: {reason}; needed: an attack that puts a new head on it.")
     run = _Sweep(subsets, data, protocol, ResultCache(cache_dir), jobs, together)
     results: dict[Fit, Accuracies] = {}
     best: dict[_Point, float] = {}

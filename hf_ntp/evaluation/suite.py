@@ -80,7 +80,7 @@ def run_attacks(
         [seeds][sizes] and areas in three units with intervals), "retained_transfer" (start to attack to share, null
         where the unprotected model was worth less than 0.01), "worst_case" (start to "attack", the one with the
         largest area, its "slc_auc", and "retained_transfer": that area over the largest one of the unprotected model,
-        an attacker who tries everything on both) and "not_run" (start to attack to reason). Where a tuned value is the
+        an attacker who tries the same on both) and "not_run" (start to attack to reason). Where a tuned value is the
         first or last of its grid with all extensions, "at_edge" of the attack counts the points of the curve, all
         seeds together.
 
@@ -101,7 +101,8 @@ def run_attacks(
     baselines = {_baseline_key(arm, protocol): baseline_of(arm.attack) for arm in arms}
     if not set(attacks) - not_run["protected"].keys():
         raise ValueError(
-            f"none of the attacks can run on {starts['protected']}: {not_run['protected']}. Choose others."
+            f"none of the attacks can run on {starts['protected']}: {not_run['protected']}. Choose others, or give "
+            "what they lack (authorized data: source_dataset of the recipe, source of AttackData)."
         )
     arms += [
         Arm(f"scratch/{key}", starts["protected"], random_init=True, attack=attack)
@@ -190,9 +191,15 @@ def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTunePr
             **summarize(pair)["it"],
         }
     areas = {start: {name: entry["normalized"] for name, entry in found.items()} for start, found in starts.items()}
-    unprotected = areas.get("unprotected", {})
-    best = max(unprotected.values(), default=float("nan"))
-    worst = {start: max(found, key=found.__getitem__) for start, found in areas.items()}
+    unprotected, against = areas.get("unprotected", {}), areas["protected"]
+    # The best of as many attacks as there are against the protected model: more would flatter the protection.
+    counterparts = {name if name in unprotected else _REFERENCE for name in against}
+    compared = {
+        start: {name: area for name, area in found.items() if start != "unprotected" or name in counterparts}
+        for start, found in areas.items()
+    }
+    best = max(compared.get("unprotected", {}).values(), default=float("nan"))
+    worst = {start: max(found, key=found.__getitem__) for start, found in compared.items()}
     return {
         "scratch": scratch,
         "starts": starts,

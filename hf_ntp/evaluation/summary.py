@@ -22,7 +22,15 @@ def summarize(curves: LearningCurves, level: float = 0.95) -> dict[str, dict[str
     Returns:
         Arm name to ``{"nats", "decades", "normalized"}`` (means over seeds), ``"ci"`` (level and [low, high] per unit,
         null with a single seed) and ``"seeds"`` (normalized area of every seed).
+
+    Raises:
+        ValueError: Without such an arm.
     """
+    if "scratch" not in curves.accuracies:
+        raise ValueError(
+            f"the arms are {', '.join(curves.accuracies)}; needed: one called 'scratch' to compare with, such as "
+            "Arm('scratch', checkpoint, random_init=True)."
+        )
     scratch = curves.accuracies["scratch"]
     summary = {}
     for name, accuracies in curves.accuracies.items():

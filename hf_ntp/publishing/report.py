@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -105,21 +105,29 @@ def write_report(
         repo_id: What the card tells users to pass to ``from_pretrained``.
     """
     folder = Path(folder)
-    figures: dict[str, str] = {}
     if results is not None:
         _write_json(folder / RESULTS_FILE, results)
         plot_learning_curves(results, folder / CURVES_FIGURE)
-        figures[CURVES_FIGURE] = f"Learning curves on {domain_names(record['unauthorized_domains'])}"
     names = suite_files(record)
     for domain, suite in (attacks or {}).items():
         file, figure = names[domain]
         _write_json(folder / file, suite)
         plot_attacks(suite, folder / figure, f"What the checkpoint is worth on {domain}")
-        figures[figure] = f"Attacks on {domain}"
-    card = render_card(record, repo_id, figures, compressed=(folder / SPARSE_FILE).exists())
     with whole_file(folder / CARD_FILE) as staged:
-        staged.write_text(str(card), encoding="utf-8")
+        here = {path.name for path in folder.iterdir()}
+        staged.write_text(card_text(record, repo_id, here), encoding="utf-8")
     write_record(folder, record)
+
+
+def card_text(record: Mapping[str, Any], repo_id: str, files: Collection[str]) -> str:
+    """Card of a folder with these files; other arguments as in :func:`write_report`."""
+    figures = {}
+    if RESULTS_FILE in files:
+        figures[CURVES_FIGURE] = f"Learning curves on {domain_names(record['unauthorized_domains'])}"
+    for domain, (file, figure) in suite_files(record).items():
+        if file in files:
+            figures[figure] = f"Attacks on {domain}"
+    return f"{render_card(record, repo_id, figures, compressed=SPARSE_FILE in files)}\n"
 
 
 def suite_files(record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -142,12 +150,14 @@ def refresh_report(
         folder: As :func:`write_report` left it. A signature is no longer valid and is removed. A card that was edited
             since is kept, and recorded as it is, if nothing else is given.
         attacks: ``results.json`` of ``recipes/ntp_attack.py`` on this very model; it replaces an earlier one on the
-            same domain.
+            same domain, all of whose attacks it has to have. Its controls and its third domain stay in that file: card
+            and record are of the unauthorized domains.
         repo_id: What the card tells users to pass to ``from_pretrained``; default what it says already.
         license: Licence id as the Hub spells it; default what the record says already, as for ``terms``.
         terms: What the owner allows, in words.
 
     Raises:
+        FileNotFoundError: If there is no such file of attacks.
         ValueError: If the card was edited and something else is given, or the suite was run on other weights, or on a
             domain that the record does not name, or with images that the protection may have seen, or weights or
             results are not those that were recorded.
@@ -171,17 +181,25 @@ def refresh_report(
                 f"{path} is not the one that was recorded with these weights: its numbers may be of others. Needed: "
                 "that one. Restore it, or write the folder anew."
             )
-    card, given = folder / CARD_FILE, (attacks, repo_id, license, terms)
-    edited = card.exists() and file_digest(card) != record["files"].get(CARD_FILE)
-    if edited and any(option is not None for option in given):
+    card, shown_id = folder / CARD_FILE, card_repo_id(folder) or NO_REPO
+    edited = card.exists() and card.read_text(encoding="utf-8") != card_text(record, shown_id, record["files"])
+    if edited and any(option is not None for option in (attacks, repo_id, license, terms)):
         raise ValueError(
-            f"{card} was edited since it was written, and would be written over; needed: the card as it was, or none. "
-            "Move it away, do this again, put your words into the new card, and record that without any option."
+            f"{card} is not as it was written (or as another version of hf_ntp would) and would be written over; "
+            "needed: the card as it was, or none. Move it away, do this again, put your words into the new card, and "
+            "record that without any option."
         )
-    suites = {}
+    suites: dict[str, dict[str, Any]] = {}
     for path in [*paths, *([] if attacks is None else [Path(attacks)])]:
         suite = _read_suite(path)
-        suites[_domain_of(suite, weights, record, folder)] = suite
+        domain = _domain_of(suite, weights, record, folder)
+        if lost := sorted(_attacks_of(suites.get(domain)) - _attacks_of(suite)):
+            raise ValueError(
+                f"{path} would replace {folder / files[domain][0]}, and lacks its {', '.join(lost)}: the record would "
+                "say that these were not tried. Needed: all of them in one run of recipes/ntp_attack.py (--attacks; "
+                "with one --cache_dir nothing is done twice). To do without them, delete the older file first."
+            )
+        suites[domain] = suite
     evidence = standard_evidence(results) + [suite_measurement(suite, name) for name, suite in suites.items()]
     changed = {key: text for key, text in (("license", license), ("text", terms)) if text is not None}
     record = {
@@ -197,7 +215,7 @@ def refresh_report(
     if edited:
         write_record(folder, record)
         return
-    write_report(folder, record, results, suites, repo_id or card_repo_id(folder) or NO_REPO)
+    write_report(folder, record, results, suites, repo_id or shown_id)
 
 
 def compress_report(folder: str | Path, out: str | Path) -> Path:
@@ -240,6 +258,10 @@ def _stored_otherwise(
                 _write_json(staged / file, _read_suite(staged / file) | {"weights": weight_digests(staged)})
         write_record(staged, record)
     return out
+
+
+def _attacks_of(suite: Mapping[str, Any] | None) -> set[str]:
+    return set() if suite is None else set(suite["starts"]["protected"])
 
 
 def _read_suite(path: Path) -> dict[str, Any]:

@@ -714,6 +714,12 @@ class NTPTrainer(Trainer):
             "data."
         )
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write nothing: Trainer's card does not know of the protection. :func:`hf_ntp.write_folder` writes one."""
+        logger.warning(
+            "No card is written here: Trainer's says nothing of the protection. write_folder and push_to_hub write it."
+        )
+
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
@@ -740,6 +746,7 @@ class NTPTrainer(Trainer):
             The commit (``huggingface_hub.CommitInfo``); None on all processes but the first.
 
         Raises:
+            TypeError: For other arguments, such as those for Trainer's card.
             ValueError: If the model is not protected yet, or ``blocking`` is False.
             HubError: If the Hub cannot be reached or refuses.
         """
@@ -747,6 +754,12 @@ class NTPTrainer(Trainer):
         from ..publishing.from_trainer import write_folder
         from ..publishing.hub import full_repo_id, push_folder
 
+        known = ("source", "targets", "license", "terms", "measured")
+        if unknown := sorted(set(about) - set(known)):
+            raise TypeError(
+                f"push_to_hub got {', '.join(unknown)}; needed: no others than {', '.join(known)}. What is "
+                "for Trainer's card, ours takes from the record."
+            )
         if not blocking:
             raise ValueError("found blocking=False; needed: True. Call it in a thread of your own if need be.")
         if self._in_shards:

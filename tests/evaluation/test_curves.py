@@ -1,5 +1,7 @@
+import importlib.util
 import json
 import math
+import sys
 from dataclasses import replace
 from time import perf_counter
 
@@ -107,6 +109,45 @@ def test_the_cache_knows_how_many_classes_scratch_learns_from_the_source(attack,
     for name, differ in (("source_all_kept", True), ("dense", False)):
         arms = [Arm("scratch", str(tmp_path / folder), True, ATTACKS[name]) for folder in "35"]
         assert len({describe(Fit(arm, 6, 0, 1e-3)) for arm in arms}) == 1 + differ
+
+
+OWN = """
+from dataclasses import dataclass
+from hf_ntp import Attack
+
+@dataclass(frozen=True)
+class Probe(Attack):
+    kind: str
+
+    def fit(self, model, loot, protocol, value, seed):
+        return lambda pixels: pixels.new_full((len(pixels),), {answer}, dtype=int)
+"""
+
+
+def test_the_cache_knows_the_code_of_ones_own_attack(attack, checkpoints, tmp_path, monkeypatch):
+    """One of a name that the library has is another one, and so is one that was edited."""
+    attacks = [ATTACKS["knn"]]
+    keys = {Describer(attack, QUICK)(Fit(Arm("a", checkpoints[0], attack=ATTACKS["knn"]), 6, 0, 1.0))}
+    for answer in (0, 1, 1):
+        path = tmp_path / f"mine{answer}.py"
+        path.write_text(OWN.format(answer=answer))
+        spec = importlib.util.spec_from_file_location("mine", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "mine", module)
+        spec.loader.exec_module(module)
+        attacks.append(module.Probe("knn"))
+        keys.add(Describer(attack, QUICK)(Fit(Arm("a", checkpoints[0], attack=attacks[-1]), 6, 0, 1.0)))
+    assert len({type(attack).__name__ for attack in attacks}) == 1
+    assert len(keys) == 3
+
+
+def test_arms_that_cannot_be_attacked_so(attack, tmp_path):
+    with pytest.raises(TypeError, match=r"attack is 'dense'; needed: an Attack, such as ATTACKS\['dense'\]"):
+        Arm("a", "folder", attack="dense")
+    tiny_vit(num_labels=7).save_pretrained(tmp_path)
+    arms = [Arm("own head", str(tmp_path), attack=ATTACKS["head_kept"])]
+    with pytest.raises(ValueError, match="arm 'own head': the head has 7 classes, the target 3; needed"):
+        sample_wise_learning_curves(arms, attack, [6, 24], [0], QUICK, jobs=1)
 
 
 def test_every_seed_of_scratch_goes_on_at_its_own_rate(attack, checkpoints, monkeypatch):
@@ -237,6 +278,8 @@ def test_bad_protocols():
         FineTuneProtocol(extensions=-1)
     with pytest.raises(ValueError, match="at least one, each positive and finite"):
         FineTuneProtocol(learning_rates=())
+    with pytest.raises(ValueError, match=r"learning_rates is 0\.001; needed: a sequence"):
+        FineTuneProtocol(learning_rates=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -321,6 +364,11 @@ def test_accuracy_is_taken_in_eval_mode(attack):
 
 def curves(**accuracies):
     return LearningCurves((10, 100), (0, 1), accuracies, {name: [1e-3, 1e-3] for name in accuracies}, 8)
+
+
+def test_a_summary_needs_scratch():
+    with pytest.raises(ValueError, match="the arms are a; needed: one called 'scratch'"):
+        summarize(curves(a=[[0.2, 0.4]]))
 
 
 def test_summary_by_hand():

@@ -61,6 +61,23 @@ def test_figures_by_hand(checkpoints, attack, monkeypatch):
     json.dumps(results, allow_nan=False)
 
 
+def test_the_worst_case_is_of_the_same_attacks_on_both(checkpoints, attack, monkeypatch):
+    """More of them on the unprotected model would flatter the protection. Dense stands there for mask_kept alone."""
+
+    def run(fits, *rest):
+        (fit,) = fits
+        kind, start = type(fit.arm.attack).__name__, fit.arm.checkpoint == checkpoints[0]
+        value = 0.2 if fit.arm.random_init else {"FineTuning": (0.4, 0.9), "Probe": (0.3, 0.5)}[kind][start]
+        return {fit: runner.Accuracies(value, value)}
+
+    monkeypatch.setattr(runner, "_run", run)
+    for attacks, best in ((["knn"], 0.3), (["knn", "mask_kept"], 0.7)):
+        worst = suite(checkpoints, attack, attacks)["worst_case"]
+        assert worst["unprotected"]["slc_auc"] == pytest.approx(best)
+        after = worst["protected"]["slc_auc"]
+        assert worst["protected"]["retained_transfer"] == pytest.approx(after / best)
+
+
 def test_what_authorized_images_are_worth_to_anybody_is_not_the_checkpoints(checkpoints, attack, monkeypatch):
     """An attack through the source is compared with random weights that take the same way: here .4, without it .2."""
     unprotected, _ = checkpoints

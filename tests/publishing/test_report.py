@@ -12,7 +12,7 @@ from hf_ntp.attacks import ATTACKS
 from hf_ntp.evaluation.measure import ScratchConvergence, SourceAccuracy, Transfer
 from hf_ntp.publishing.card import _ATTACK_LABELS, CARD_FILE, attack_label, card_repo_id, render_card
 from hf_ntp.publishing.evidence import not_tested
-from hf_ntp.publishing.report import build_record, refresh_report, write_report
+from hf_ntp.publishing.report import build_record, card_text, refresh_report, write_report
 from hf_ntp.publishing.results import results_table
 from hf_ntp.run_folder import file_digest, weight_digests
 
@@ -129,8 +129,7 @@ def test_the_card_is_the_committed_example(record):
 def test_the_default_runs_card_is_what_its_record_says():
     folder = Path(__file__).parents[2] / "model_cards" / "mnist_only"
     record = read_record(folder)
-    figures = {"slc.png": "Learning curves on optdigits", "attacks.png": "Attacks on optdigits"}
-    assert str(render_card(record, card_repo_id(folder), figures)) == (folder / CARD_FILE).read_text()
+    assert (folder / CARD_FILE).read_text() == card_text(record, card_repo_id(folder), record["files"])
     here = {path.name: file_digest(path) for path in folder.iterdir() if path.name != "authorization.json"}
     assert here.items() <= record["files"].items()
 
@@ -226,6 +225,20 @@ def test_attacks_are_added_to_record_card_and_figures(folder, attacks, written):
         refresh_report(folder)
 
 
+def test_attacks_that_were_tried_stay_on_record(folder, attacks, written):
+    attacks["weights"] = weight_digests(folder)
+    refresh_report(folder, written(attacks))
+    fewer = json.loads(json.dumps(attacks))
+    for part in ("starts", "retained_transfer"):
+        del fewer[part]["protected"]["lora"]
+    fewer["worst_case"]["protected"]["attack"] = "dense"
+    with pytest.raises(ValueError, match=r"would replace .*attacks\.json, and lacks its lora: .*delete the older"):
+        refresh_report(folder, written(fewer))
+    (folder / "attacks.json").unlink()
+    refresh_report(folder, written(fewer))
+    assert set(read_record(folder)["evidence"][1]["attacks"]) == {"dense"}
+
+
 def test_attacks_on_each_of_several_domains(tmp_path, attacks, written):
     results, record = make_several()
     (tmp_path / "model.safetensors").write_bytes(b"weights")
@@ -261,10 +274,11 @@ def test_results_of_another_model_are_refused(folder, results):
 
 def test_an_edited_card_is_kept(folder, attacks, written):
     card = folder / "README.md"
-    card.write_text(card.read_text() + "\nCite us.\n")
+    card.write_text(card.read_text() + "Cite us.\n")
     attacks["weights"] = weight_digests(folder)
+    refresh_report(folder)
     for options in ({"attacks": written(attacks)}, {"repo_id": "org/other"}, {"terms": "Nothing."}):
-        with pytest.raises(ValueError, match=r"README\.md was edited since it was written, and would be written over"):
+        with pytest.raises(ValueError, match=r"README\.md is not as it was written .* would be written over"):
             refresh_report(folder, **options)
     refresh_report(folder)
     assert card.read_text().endswith("Cite us.\n")

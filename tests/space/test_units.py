@@ -298,6 +298,14 @@ def test_curves_on_several_domains_are_named(folders):
     assert "maps (neither authorized nor forbidden)" in html
 
 
+def test_the_model_that_cannot_be_loaded_is_named(folders):
+    classifiers = Classifiers(open_showcase(replace(folders, unprotected="nowhere/at")))
+    with pytest.raises(
+        ValueError, match=r"(?s)the unprotected model, nowhere/at, cannot be loaded: .*Check NTP_UNPROTEC"
+    ):
+        classifiers.load()
+
+
 def test_values_from_a_record_are_text(folders):
     html = words.record_words(open_showcase(folders).record)
     assert "&lt;img src=" in html

@@ -787,6 +787,10 @@ def test_push_to_hub(hub, tmp_path):
     with pytest.raises(ValueError, match="not protected yet"):
         ours.push_to_hub()
     ours.train()
+    with pytest.raises(TypeError, match="push_to_hub got dataset, tags; needed: no others than source, targets"):
+        ours.push_to_hub(tags=["x"], dataset="mnist")
+    ours.create_model_card()
+    assert not (tmp_path / "README.md").exists()
     ours.push_to_hub(license="apache-2.0", terms="Photos only.")
     repo = hub.model("org/model")
     assert repo.private
