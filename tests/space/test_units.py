@@ -301,7 +301,7 @@ def test_curves_on_several_domains_are_named(folders):
 def test_the_model_that_cannot_be_loaded_is_named(folders):
     classifiers = Classifiers(open_showcase(replace(folders, unprotected="nowhere/at")))
     with pytest.raises(
-        ValueError, match=r"(?s)the unprotected model, nowhere/at, cannot be loaded: .*Check NTP_UNPROTEC"
+        ValueError, match=r"(?s)the unprotected model, nowhere/at, cannot be loaded: .*NTP_UNPROTECTED"
     ):
         classifiers.load()
 
