@@ -33,7 +33,8 @@ class PixelValues(Dataset):
             labels = repr(self.labels).encode()
         images = hashlib.sha256(f"{len(data)}\n".encode())
         for batch in data.select_columns("pixel_values").with_format("numpy").iter(batch_size=100):
-            images.update(np.ascontiguousarray(batch["pixel_values"]).data)
+            for image in batch["pixel_values"]:  # one by one: they may be of different sizes, which others refuse
+                images.update(np.ascontiguousarray(image).data)
         self.fingerprint = hashlib.sha256(images.digest() + labels).hexdigest()
         self.contents = frozenset({Content(self.fingerprint, images.hexdigest())})
 
