@@ -29,7 +29,7 @@ def _own_datasets_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def few_images(monkeypatch):
-    """Benchmarks load a part of every domain."""
+    """`load_domain` gives a part of every domain, also in benchmarks."""
     from benchmarks.strength.run import load
 
     monkeypatch.setattr(hf_ntp, "load_domain", partial(hf_ntp.load_domain, max_samples=400))

@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,12 +52,11 @@ def blocks():
     return re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_python_examples(blocks, tmp_path, monkeypatch):
+def test_python_examples(blocks, few_images, tmp_path, monkeypatch):
     model = tmp_path / "model"
     tiny_vit(num_labels=10).save_pretrained(model)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(model)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hf_ntp, "load_domain", partial(hf_ntp.load_domain, max_samples=400))
     tiny_vit(num_labels=10).vit.save_pretrained(tmp_path / "encoder")
     shorter = {
         '"ORG/MODEL"': repr(str(model)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -26,17 +27,25 @@ class PixelValues(Dataset):
         self._rows = data.select_columns([name for name in ("pixel_values", "labels") if name in data.features])
         self._rows.set_format("torch")
         self.class_names: list[str] | None = None
-        labels = b""
         if "labels" in data.features:
             self.labels = column_values(data, "labels")
             self.class_names = getattr(data.features["labels"], "names", None)
-            labels = repr(self.labels).encode()
-        images = hashlib.sha256(f"{len(data)}\n".encode())
-        for batch in data.select_columns("pixel_values").with_format("numpy").iter(batch_size=100):
+
+    @cached_property
+    def contents(self) -> frozenset[Content]:
+        """What images and labels are; reads all of them, so not before somebody asks."""
+        images = hashlib.sha256(f"{len(self)}\n".encode())
+        for batch in self._rows.select_columns("pixel_values").with_format("numpy").iter(batch_size=100):
             for image in batch["pixel_values"]:  # one by one: they may be of different sizes, which others refuse
                 images.update(np.ascontiguousarray(image).data)
-        self.fingerprint = hashlib.sha256(images.digest() + labels).hexdigest()
-        self.contents = frozenset({Content(self.fingerprint, images.hexdigest())})
+        labels = repr(self.labels).encode() if hasattr(self, "labels") else b""
+        return frozenset({Content(hashlib.sha256(images.digest() + labels).hexdigest(), images.hexdigest())})
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of images and labels."""
+        (content,) = self.contents
+        return content.labelled
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -194,9 +194,12 @@ def sample_wise_learning_curves(
     # As plain integers, whatever they came as: they become part of keys.
     seeds, sample_sizes = list(subsets), list(next(iter(subsets.values())))
     arms = [replace(arm, checkpoint=local_folder(arm.checkpoint)) for arm in arms]
-    for arm in [arm for arm in arms if arm.attack.uses_head and not arm.random_init]:
-        if reason := arm.attack.unsuitable(load_start(arm, seed=0), data.num_labels):
-            raise ValueError(f"arm {arm.name!r}: {reason}; needed: an attack that puts a new head on it.")
+    with_head = [arm for arm in arms if arm.attack.uses_head and not arm.random_init]
+    for one in {arm.checkpoint: arm for arm in with_head}.values():
+        model = load_start(one, seed=0)
+        for arm in [arm for arm in with_head if arm.checkpoint == one.checkpoint]:
+            if reason := arm.attack.unsuitable(model, data.num_labels):
+                raise ValueError(f"arm {arm.name!r}: {reason}; needed: an attack that puts a new head on it.")
     run = _Sweep(subsets, data, protocol, ResultCache(cache_dir), jobs, together)
     results: dict[Fit, Accuracies] = {}
     best: dict[_Point, float] = {}

@@ -113,9 +113,9 @@ def write_report(
         file, figure = names[domain]
         _write_json(folder / file, suite)
         plot_attacks(suite, folder / figure, f"What the checkpoint is worth on {domain}")
+    card = card_text(record, repo_id, {path.name for path in folder.iterdir()})
     with whole_file(folder / CARD_FILE) as staged:
-        here = {path.name for path in folder.iterdir()}
-        staged.write_text(card_text(record, repo_id, here), encoding="utf-8")
+        staged.write_text(card, encoding="utf-8")
     write_record(folder, record)
 
 
