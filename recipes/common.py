@@ -21,7 +21,7 @@ from hf_ntp.training.arguments import PRESETS, ProtectionArguments
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
 
-    from hf_ntp import NTPConfig
+    from hf_ntp import FineTuneProtocol, NTPConfig
 
 
 logger = logging.getLogger(__name__)
@@ -241,6 +241,14 @@ def small_processor() -> BaseImageProcessor:
     return ViTImageProcessorPil(size={"height": SMALL_SIZE, "width": SMALL_SIZE})
 
 
+def fit_protocol(steps: int, batch_size: int, learning_rates: list[float], extensions: int) -> FineTuneProtocol:
+    """Budget of a fit from a recipe's options; of short ones, a tenth is warm-up."""
+    from hf_ntp import FineTuneProtocol
+
+    warmup = min(FineTuneProtocol.warmup_steps, steps // 10)
+    return FineTuneProtocol(steps, batch_size, tuple(learning_rates), warmup_steps=warmup, extensions=extensions)
+
+
 def given_model(recipe: RecipeArguments, model: PreTrainedModel, rate: float | None = None) -> BaseModel:
     """Complete what was loaded from ``recipe.model_name_or_path``; ``rate`` as in :class:`BaseModel`."""
     from transformers import AutoImageProcessor
@@ -326,12 +334,8 @@ def run(
     from hf_ntp.training.checks import matches_features
 
     # Whatever is wrong with options or data shows here, before any training starts.
-    protocol = hf_ntp.FineTuneProtocol(
-        recipe.attack_steps,
-        recipe.attack_batch_size,
-        tuple(recipe.attack_learning_rates),
-        warmup_steps=domains.warmup_steps(recipe.attack_steps),
-        extensions=recipe.attack_extensions,
+    protocol = fit_protocol(
+        recipe.attack_steps, recipe.attack_batch_size, recipe.attack_learning_rates, recipe.attack_extensions
     )
     check_sample_sizes(recipe.sample_sizes)
     check_seeds(recipe.attack_seeds)

@@ -114,13 +114,6 @@ def check_sizes(images: Dataset, sample_sizes: list[int], seeds: list[int]) -> N
         nested_subsets(images["label"], sample_sizes, seed)
 
 
-def warmup_steps(steps: int) -> int:
-    """Steps over which the rate of a fit rises: those of the library, or a tenth of a short fit."""
-    from hf_ntp import FineTuneProtocol
-
-    return min(FineTuneProtocol.warmup_steps, steps // 10)
-
-
 def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -> None:
     """Find out before a model is pretrained what NTPTrainer would refuse afterwards.
 

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_ntp.recipes.common import HelpFormatter
+from hf_ntp.recipes.common import HelpFormatter, fit_protocol
 
 from hf_ntp.interruption import unwind_on_sigterm
 
@@ -144,13 +144,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
     words = {"decisive": list(DECISIVE), "all": list(ATTACKS)}
     attacks = list(dict.fromkeys(name for word in arguments.attacks for name in words.get(word, [word])))
-    protocol = hf_ntp.FineTuneProtocol(
-        arguments.steps,
-        arguments.batch_size,
-        tuple(arguments.learning_rates),
-        warmup_steps=domains.warmup_steps(arguments.steps),
-        extensions=arguments.extensions,
-    )
+    protocol = fit_protocol(arguments.steps, arguments.batch_size, arguments.learning_rates, arguments.extensions)
     starts = {"protected": arguments.checkpoint}
     if arguments.unprotected is not None:
         starts["unprotected"] = arguments.unprotected
