@@ -7,18 +7,24 @@ is one JSON document, and everything else that is printed goes to standard error
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from getpass import getpass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from unicodedata import category
 
 from .interruption import unwind_on_sigterm
 
 # Nothing heavy is imported before a subcommand needs it: `hf-ntp --help` is instant.
+
+
+_PASSWORD = "HF_NTP_KEY_PASSWORD"
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,29 @@ def _expand(options: Namespace) -> dict[str, Any]:
 
 def _sign_options(parser: ArgumentParser) -> None:
     _folder(parser)
-    parser.add_argument("--private_key", required=True, help="elliptic-curve key, PEM")
-    parser.add_argument("--password", help="of the key, if it is encrypted")
+    parser.add_argument(
+        "--private_key",
+        required=True,
+        help=f"elliptic-curve key, PEM; the password of an encrypted one is taken from {_PASSWORD}, or asked for",
+    )
+
+
+def _password(private_key: str) -> str | None:
+    """Password of a key that is encrypted: not from the command line, which others see and shells remember."""
+    try:
+        encrypted = "ENCRYPTED" in Path(private_key).read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return None  # who signs will say what is wrong with it
+    if not encrypted:
+        return None
+    given = os.environ.get(_PASSWORD)
+    return getpass(f"Password of {private_key}: ") if given is None and sys.stdin.isatty() else given
 
 
 def _sign(options: Namespace) -> dict[str, Any]:
     from .publishing.signing import sign_folder
 
-    return {"signature": str(sign_folder(options.folder, options.private_key, options.password))}
+    return {"signature": str(sign_folder(options.folder, options.private_key, _password(options.private_key)))}
 
 
 def _verify_options(parser: ArgumentParser) -> None:
@@ -145,7 +166,6 @@ def _push_options(parser: ArgumentParser) -> None:
     parser.add_argument("--gated", choices=["auto", "manual"], help="let visitors ask for access first")
     parser.add_argument("--branch", help="branch to push to; made when missing")
     parser.add_argument("--private_key", help="sign the folder first, as `hf-ntp sign` does")
-    parser.add_argument("--password", help="of that key, if it is encrypted")
     parser.add_argument("--public_key", help="check the signature before pushing")
     _hub_options(parser)
 
@@ -155,7 +175,7 @@ def _push(options: Namespace) -> dict[str, Any]:
     from .publishing.signing import sign_folder
 
     if options.private_key is not None:
-        sign_folder(options.folder, options.private_key, options.password)
+        sign_folder(options.folder, options.private_key, _password(options.private_key))
     commit = push_folder(
         options.folder,
         options.repo_id,
@@ -192,13 +212,18 @@ def _show_record(record: dict[str, Any]) -> str:
     if accuracy is not None:
         measure = accuracy["measure"].replace("_", " ")
         lines.append(f"{'source':<16}{measure} {accuracy['before']:.3f} before, {accuracy['after']:.3f} after")
+    # A domain may have been measured twice, by the standard attacker and by the attack suite.
+    by_domain: dict[str, list[dict[str, Any]]] = {}
     for measurement in record["evidence"]:
-        worst = measurement["worst_case"]
+        by_domain.setdefault(measurement["domain"], []).append(measurement)
+    for domain, measured in by_domain.items():
+        worst = max((measurement["worst_case"] for measurement in measured), key=lambda found: found["slc_auc"])
+        attacks = set().union(*(measurement["attacks"] for measurement in measured))
         share = worst["retained_transfer"]
         retained = "" if share is None else f", {percent(share)} of the best before protection"
         lines.append(
-            f"{'worst attack':<16}{attack_label(worst['attack'])} on {measurement['domain']}: SLC-AUC "
-            f"{worst['slc_auc']:+.3f} (normalized){retained}; {len(measurement['attacks'])} attacks measured"
+            f"{'worst attack':<16}{attack_label(worst['attack'])} on {domain}: SLC-AUC "
+            f"{worst['slc_auc']:+.3f} (normalized){retained}; {len(attacks)} attacks measured"
         )
     if not record["evidence"]:
         lines.append(f"{'evidence':<16}none was measured")

@@ -1,7 +1,9 @@
 """The strength benchmark end to end on one pair, with small numbers of steps."""
 
 import json
+import runpy
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,6 +64,15 @@ def test_one_cell_from_pretraining_to_the_table(benchmark, tmp_path, monkeypatch
     for measure in ("attack", "attack_other_seeds"):
         monkeypatch.setattr(benchmark, measure, None)  # a cell that is there is not run again
     assert benchmark.main(command)["cells"] == saved["cells"]
+
+
+def test_the_command_is_a_module_that_workers_find(monkeypatch):
+    """Functions of a script are copied to worker processes, which a cached one cannot be."""
+    commands = []
+    monkeypatch.setattr(module, "main", commands.append)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "no cell"])
+    runpy.run_module(module.__name__, run_name="__main__")
+    assert commands == [["--only", "no cell"]]
 
 
 def test_results_of_other_settings_are_not_kept(benchmark, monkeypatch):

@@ -344,4 +344,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    # By its name: worker processes do not find what belongs to a script.
+    from benchmarks.strength import run
+
+    run.main(sys.argv[1:])
