@@ -83,19 +83,28 @@ class AttackArguments:
     sample_sizes: list[int] = field(
         default_factory=lambda: [10, 30, 100], metadata={"help": "Labelled target images of the learning curves."}
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Attack seeds."})
-    steps: int = field(default=600, metadata={"help": "Optimizer steps of a fit."})
-    batch_size: int = field(default=32, metadata={"help": "Images per step of a fit."})
+    # The same options have these other names in the recipes that protect, too.
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"aliases": ["--attack_seeds"], "help": "Attack seeds."}
+    )
+    steps: int = field(default=600, metadata={"aliases": ["--attack_steps"], "help": "Optimizer steps of a fit."})
+    batch_size: int = field(
+        default=32, metadata={"aliases": ["--attack_batch_size"], "help": "Images per step of a fit."}
+    )
     learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2],
         metadata={
+            "aliases": ["--attack_learning_rates"],
             "help": "Rates the attacker chooses from. Large pretrained models are usually fine-tuned at 1e-5 to 1e-4: "
-            "begin there with yours, or both models look worthless to the attacker."
+            "begin there with yours, or both models look worthless to the attacker.",
         },
     )
     extensions: int = field(
         default=2,
-        metadata={"help": "How many higher rates are tried, while the highest of three or more is the best."},
+        metadata={
+            "aliases": ["--attack_extensions"],
+            "help": "How many higher rates are tried, while the highest of three or more is the best.",
+        },
     )
     cache_dir: str | None = field(
         default=None,

@@ -470,6 +470,15 @@ def test_help_is_quick():
     assert min(seconds) < 3
 
 
+def test_the_budget_of_attacks_has_one_name_in_all_recipes():
+    budget = "--attack_steps 7 --attack_batch_size 8 --attack_seeds 3 4 --attack_learning_rates 1e-4"
+    budget += " --attack_extensions 0"
+    attacking = ntp_attack.parse([*"--checkpoint a --target_dataset b --output_dir c".split(), *budget.split()])
+    protecting, _ = ntp_vit.parse(["--output_dir", "c", *budget.split()])
+    for name in ("steps", "batch_size", "seeds", "learning_rates", "extensions"):
+        assert getattr(attacking, name) == getattr(protecting, f"attack_{name}"), name
+
+
 def attack_options(run, out, *options):
     quick = "--target_dataset optdigits --steps 22 --seeds 0 --sample_sizes 10 20 --learning_rates 1e-3 --jobs 1"
     return ["--checkpoint", str(run / "protected"), "--output_dir", str(out), *quick.split(), *options]
