@@ -140,7 +140,7 @@ class BaseModel(NamedTuple):
 
 
 Pretrain = Callable[..., None]
-"""Trains a model in place: (model, images, folder for Trainer, steps, rate, transform=, seed=, use_cpu=)."""
+"""Trains a model in place: (model, images, folder for Trainer, steps, rate, and what it takes by name)."""
 
 SMALL_SIZE = 16
 """Height and width of the images of a small model."""
@@ -345,7 +345,7 @@ def run(
     model, processor, rate, commit = base_model(
         recipe, config, next(iter(loaded.source.values()))["train"].features["label"].names
     )
-    if names := class_names(model):
+    if names := class_names(model.config):
         loaded = loaded._replace(source=domains.in_order_of(names, loaded.source))
     domains.check_options(config, model, loaded)
     pixels = domains.as_pixels(loaded, processor, same_classes=not matches_features(model, config))
@@ -371,7 +371,8 @@ def run(
             if rate is not None:
                 pretrain(
                     model, domains.joined(authorized), str(root / "work"), recipe.pretrain_steps, rate,
-                    transform=augment, seed=recipe.pretrain_seed, use_cpu=config.use_cpu,
+                    transform=augment, seed=recipe.pretrain_seed,
+                    use_cpu=config.use_cpu, bf16=config.bf16, fp16=config.fp16,
                 )  # fmt: skip
             if config.head_name or config.encoder_name:  # attackers have to find them too
                 model.config.ntp = {"head_name": config.head_name, "encoder_name": config.encoder_name}

@@ -139,7 +139,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     from functools import partial
 
     from hf_ntp.recipes import domains
-    from transformers import AutoImageProcessor
+    from transformers import AutoConfig, AutoImageProcessor
 
     import hf_ntp
     from hf_ntp.attacks import ATTACKS, DECISIVE
@@ -148,6 +148,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     from hf_ntp.evaluation.claims import Claims
     from hf_ntp.evaluation.controls import prune_without_protection
     from hf_ntp.evaluation.suite import check_suite, run_attacks
+    from hf_ntp.models import class_names
     from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
     from hf_ntp.run_folder import claim_run_folder, weight_digests, whole_file
 
@@ -173,7 +174,10 @@ def main(argv: list[str]) -> dict[str, Any]:
         raise OSError(f"{error}\nGive the one that the checkpoint was trained with: --image_processor.") from error
     source = None
     if arguments.source_dataset is not None:
-        (domain,) = domains.load(arguments, "source").values()
+        authorized = domains.load(arguments, "source")
+        if names := class_names(AutoConfig.from_pretrained(arguments.checkpoint)):
+            authorized = domains.in_order_of(names, authorized)
+        (domain,) = authorized.values()
         images = domain["train"]
         size = min(arguments.num_source_images, len(images))
         images = images.select(hf_ntp.nested_subsets(images["label"], [size], seed=0)[size])

@@ -51,6 +51,7 @@ class Distillation(Attack):
         # Nothing is augmented: the teacher's answers are the same at every step.
         features, logits = features_and_logits(model, loot.images)
         student = fresh_model(model, seed)
+        find_head(student)[1].requires_grad_()  # that of an encoder without one is fixed while it is protected
         mapping = nn.Linear(features.shape[1], features.shape[1]).to(model.device)
         loss = self._loss(student, mapping, loot, logits, _standardised(features), protocol.batch_size, seed)
         train(student, [*student.parameters(), *mapping.parameters()], loss, protocol, value, seed)

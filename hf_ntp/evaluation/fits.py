@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +38,14 @@ class Fit(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.arm.name}, {self.size} images, seed {self.seed}, tuned value {self.value:g}"
+
+
+def _drops(config: Mapping[str, Any]) -> bool:
+    """Whether any kind of dropout is switched on in a config, or in one of its parts (the vision tower of CLIP)."""
+    return any(
+        _drops(value) if isinstance(value, dict) else "drop" in str(key) and isinstance(value, float) and value > 0
+        for key, value in config.items()
+    )
 
 
 def _identity(attack: type) -> object:
@@ -110,9 +118,7 @@ class Describer:
 
     def has_dropout(self, arm: Arm) -> bool:
         """Whether the config of an arm's checkpoint has any kind of dropout switched on."""
-        return any(
-            "drop" in key and isinstance(value, float) and value > 0 for key, value in self._config(arm).items()
-        )
+        return _drops(self._config(arm))
 
     def _start(self, arm: Arm) -> dict[str, object]:
         notes = self._config(arm).get("ntp") or {}

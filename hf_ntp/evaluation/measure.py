@@ -31,7 +31,7 @@ from ..run_folder import weight_digests
 from ..training.domains import classifies
 from ..training.paired_data import collate
 from .arms import Arm, standard_arms
-from .runner import AttackData, LearningCurves, accuracy_of, sample_wise_learning_curves
+from .runner import AttackData, LearningCurves, accuracy_of, sample_wise_learning_curves, to_accelerator
 from .suite import check_same_architecture
 from .utility import SourceUtility, source_utility
 
@@ -166,7 +166,7 @@ def measure_protection(
             raise TypeError(f"{name} is {type(path).__name__}; needed: a folder or Hub id. Save the model first.")
     check_sample_sizes(sample_sizes)
     accuracy, utility = measure_source(unprotected, protected, source_test, source_train)
-    sparsity = measure_sparsity(load_model(str(protected)), source_test, requested_sparsity)
+    sparsity = measure_sparsity(to_accelerator(load_model(str(protected))), source_test, requested_sparsity)
     transfer = measure_transfer(unprotected, protected, target, sample_sizes, seeds, protocol, cache_dir, jobs)
     return Measurement(
         accuracy,
@@ -209,7 +209,7 @@ def measure_source(
             "the images of the authorized test split have no labels; needed: labelled ones, or every accuracy would "
             "be 0. Protection itself needs none."
         )
-    before, after = (load_model(str(path)) for path in (unprotected, protected))
+    before, after = (to_accelerator(load_model(str(path))) for path in (unprotected, protected))
     if _knows_classes(before, test) and _knows_classes(after, test):
         first, last = (accuracy_of(predictor(model), test) for model in (before, after))
         return SourceAccuracy(first, last, len(test)), None
@@ -228,7 +228,7 @@ def _knows_classes(model: PreTrainedModel, data: PixelDataset) -> bool:
     """Whether the outputs of a model are the classes of the data, as far as numbers and names tell."""
     if not has_head(model):
         return False
-    head, names, wanted = find_head(model)[1], class_names(model), data.class_names
+    head, names, wanted = find_head(model)[1], class_names(model.config), data.class_names
     if not classifies(model, head) or (names and wanted and names != wanted):
         return False
     return head.out_features == data.num_classes if wanted else head.out_features >= data.num_classes

@@ -445,7 +445,11 @@ def _accuracies(predict: Predict, data: AttackData) -> Accuracies:
 
 
 def _load(fit: Fit) -> PreTrainedModel:
-    model = load_start(fit.arm, fit.seed)
+    return to_accelerator(load_start(fit.arm, fit.seed))
+
+
+def to_accelerator(model: PreTrainedModel) -> PreTrainedModel:
+    """Move a model, in place, to the accelerator of this process, where there is one."""
     return nn.Module.to(model, _accelerator()) if torch.accelerator.is_available() else model
 
 

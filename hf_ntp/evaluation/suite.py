@@ -18,6 +18,7 @@ from .runner import AttackData, LearningCurves, load_start, sample_wise_learning
 from .summary import retained_share, summarize
 
 _REFERENCE = "dense"
+_ALIGN = "align_labels_with_mapping(model.config.label2id, 'label') brings them into the head's order"
 DIVERGED = (
     "the fit diverged at every value of its grid at some size and seed: no measurement, and no sign of "
     "protection. Lower the learning rates"
@@ -139,7 +140,7 @@ def _unsuitable(arm: Arm, attacks: Sequence[str], data: AttackData) -> dict[str,
     without_source = [name for name in attacks if ATTACKS[name].needs_source and data.source is None]
     reasons = dict.fromkeys(without_source, "no authorized data was given")
     model = load_start(arm, seed=0)
-    of_the_head, of_the_source = _other_classes(model, data), _too_many_classes(model, data)
+    of_the_head, of_the_source = _other_classes(model, data), _other_source(model, data)
     for name in attacks:
         attack = ATTACKS[name]
         reason = (
@@ -154,21 +155,26 @@ def _unsuitable(arm: Arm, attacks: Sequence[str], data: AttackData) -> dict[str,
 
 def _other_classes(model: PreTrainedModel, data: AttackData) -> str | None:
     """Say so where the target has other classes than the head, or the same in another order."""
-    names, wanted = class_names(model), data.train.class_names
+    names, wanted = class_names(model.config), data.train.class_names
     if not names or not wanted or list(names) == list(wanted):
         return None
     found = f"the head's classes are {', '.join(names[:6])}, the target's {', '.join(wanted[:6])}"
-    if sorted(names) == sorted(wanted):
-        found += ": align_labels_with_mapping(model.config.label2id, 'label') brings them into the head's order"
-    return found
+    return f"{found}: {_ALIGN}" if sorted(names) == sorted(wanted) else found
 
 
-def _too_many_classes(model: PreTrainedModel, data: AttackData) -> str | None:
-    if data.source is None or not has_head(model) or data.source.labels.max() < model.config.num_labels:
+def _other_source(model: PreTrainedModel, data: AttackData) -> str | None:
+    """Say so where the labels of the authorized images cannot be those of the head."""
+    if data.source is None or not has_head(model):
         return None
-    return (
-        f"authorized images have labels up to {data.source.labels.max()}, the head {model.config.num_labels} classes"
-    )
+    if data.source.labels.max() >= model.config.num_labels:
+        largest = data.source.labels.max()
+        return f"authorized images have labels up to {largest}, the head {model.config.num_labels} classes"
+    names, found = class_names(model.config), data.source.class_names
+    if names and found and list(names) != list(found) and sorted(names) == sorted(found):
+        return (
+            f"the head's classes are {', '.join(names[:6])}, the authorized images' {', '.join(found[:6])}: {_ALIGN}"
+        )
+    return None
 
 
 def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTuneProtocol) -> dict[str, Any]:

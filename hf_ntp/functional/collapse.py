@@ -25,7 +25,9 @@ def token_spread(tokens: Tensor, average: Callable[[Tensor], Tensor] = _alone) -
         average: Mean of a tensor over equal parts of a batch, where ``tokens`` are one of several.
     """
     normalised = F.layer_norm(tokens.float(), tokens.shape[-1:])
-    return average((normalised - average(normalised.mean(0))).square().mean())
+    # Moving the mean changes no variance to first order; several parts would each see a share of that alone.
+    mean = average(normalised.detach().mean(0))
+    return average((normalised - mean).square().mean())
 
 
 def relative_collapse(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .sharding import whole
 
@@ -86,9 +86,9 @@ def heads_of(model: PreTrainedModel, head_name: str | None = None) -> dict[str, 
     return {first: head, **beside}
 
 
-def class_names(model: PreTrainedModel) -> list[str] | None:
+def class_names(config: PreTrainedConfig) -> list[str] | None:
     """Names of a model's classes in the order of its outputs; None where ``id2label`` has placeholders ("LABEL_0")."""
-    labels: dict[Any, str] = model.config.id2label or {}
+    labels: dict[Any, str] = config.id2label or {}
     names = [str(labels.get(i)) for i in range(len(labels))]
     return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
 

@@ -128,12 +128,17 @@ def untrained(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrain
     model: Any = kind(config)
     parts: Mapping[str, Any] = {type(module).__name__: module for module in model.modules()}
     embeddings, decoder = parts.get("ViTMAEEmbeddings"), parts.get("ViTMAEDecoder")
-    if embeddings is not None and not embeddings.position_embeddings.any():
+    if embeddings is not None and _all_zero(embeddings.position_embeddings):
         embeddings.patch_embeddings.projection._is_hf_initialized = False  # what made it skip them
         embeddings.initialize_weights()
-    if decoder is not None and not decoder.decoder_pos_embed.any():
+    if decoder is not None and _all_zero(decoder.decoder_pos_embed):
         decoder.initialize_weights(decoder.decoder_pos_embed.shape[1] - 1)
     return model
+
+
+def _all_zero(tensor: Tensor) -> bool:
+    """Whether a tensor holds zeros alone; one without values holds none."""
+    return not tensor.is_meta and not tensor.any()
 
 
 def _class_of(config: PreTrainedConfig) -> type:

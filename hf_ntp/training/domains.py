@@ -108,6 +108,13 @@ def held_out(
     several = data if isinstance(data, Mapping) else {}
     parts = {name: part for name, part in several.items() if name in names} if several else {"eval_dataset": data}
     parts = {name: part for name, part in parts.items() if isinstance(part, Sized)}
+    if parts and several and (missing := [name for name in names if name not in parts]):
+        logger.warning(
+            "source_tolerance is judged on %s alone: eval_dataset has nothing of %s, whose accuracy nobody watches. "
+            "Better: other authorized images of every domain.",
+            ", ".join(map(repr, parts)),
+            ", ".join(map(repr, missing)),
+        )
     if not parts:
         by_name = " by the name of their domain"
         if not names:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,8 +28,8 @@ from .paired_data import collate, length_of
 
 logger = logging.getLogger(__name__)
 
-_FEATURE_SHARE = 0.1
-"""Of a batch in the running mean of a distance of features."""
+_FEATURE_SHARE = 0.3
+"""Of a look in the running mean of a distance of features."""
 _WINDOW = 1280
 """Images that the running mean of an error rate stands for."""
 _FIRST_LOOK = 128
@@ -40,15 +41,20 @@ _HELD_BACK = 0.1
 _LOSS_OF_NOTE = 0.02
 """Errors on so few images as a guard sees scatter by less."""
 _LOOK_EVERY = 8
-"""Optimizer steps between two looks at held-out images: each costs the passes of as many training steps."""
+"""Optimizer steps between two looks at authorized images."""
 
 
 class Guard:
     """What keeps the source alive, a running mean of how much worse than the original the model has become, its limit.
 
+    The mean is of the model as it is used, in evaluation mode: with dropout, stochastic depth or the BatchNorm
+    statistics of a batch, a model differs from itself.
+
     Args:
-        tolerance: Limit at the first and at the last step; empty for none.
-        device: Where the mean is kept.
+        tolerance: Limit at the first and at the last step; empty for none, and no look.
+        args: Device, batch size, seed and processes.
+        source: Training images.
+        autocast: Gives the context of a forward pass.
     """
 
     option: ClassVar[str]
@@ -56,16 +62,23 @@ class Guard:
     remedy = "Lower the sparsity"
     """What helps first where the tolerance is exceeded all the time."""
     held_out: Dataset | None = None
-    """Images that it looks at, where those are not the training batches."""
+    """Images that it looks at, where those are not the training images."""
 
-    def __init__(self, tolerance: Sequence[float], device: torch.device) -> None:
+    def __init__(
+        self,
+        tolerance: Sequence[float],
+        args: NTPConfig,
+        source: Dataset,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         self.tolerance = tolerance
-        self.excess = torch.zeros((), device=device)
+        self._args, self._source, self._autocast = args, source, autocast
+        self.excess = torch.zeros((), device=args.device)
 
     def terms(
         self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss that keeps the source alive on a training batch, and its single terms for the log; notes the excess.
+        """Loss that keeps the source alive on a training batch, and its single terms for the log.
 
         Args:
             model: The model under protection, unwrapped.
@@ -76,20 +89,35 @@ class Guard:
         """
         raise NotImplementedError
 
-    def check_original(self, source: Dataset) -> None:
-        """Warn, before training, of an original with which nothing can be kept; nothing to warn of by default.
+    def check_original(self) -> None:
+        """Warn, before training, of an original with which nothing can be kept; nothing to warn of by default."""
 
-        Args:
-            source: Training images.
-        """
-
+    @torch.no_grad()
     def look(self, model: PreTrainedModel, step: int) -> None:
-        """Note the excess on held-out images, if there are any and it is time to.
+        """Note the excess, if there is a limit and it is time to; all ranks look at a part.
 
         Args:
-            model: The model under protection, unwrapped; as it is when used, in evaluation mode.
+            model: The model under protection, unwrapped.
             step: Number of optimizer steps taken, which alone decides what is looked at.
         """
+        if not self.tolerance or step % _LOOK_EVERY:
+            return
+        training = model.training
+        model.eval()
+        with self._autocast():
+            worse, share = self._worse(model, step)
+        model.train(training)
+        self.excess = torch.lerp(self.excess, worse, share)
+
+    def _worse(self, model: PreTrainedModel, step: int) -> tuple[Tensor, float]:
+        """Excess on some images, a scalar alike on all ranks, and its share in the running mean."""
+        raise NotImplementedError
+
+    def _rows(self, size: int, step: int, count: int) -> list[int]:
+        """Rows on this rank of the next ``count`` of ``size``, in random order and again from the first."""
+        order = np.random.default_rng(self._args.seed).permutation(size)
+        rows = order[np.arange(step // _LOOK_EVERY * count, (step // _LOOK_EVERY + 1) * count) % size]
+        return rows[self._args.process_index :: self._args.world_size].tolist()
 
     def warn(self, strength: float) -> None:
         """Say so, after training, if the guard held back what was to protect, or the model lost more than it may.
@@ -134,9 +162,8 @@ class Guard:
         first, last = self.tolerance
         return (2 - self.excess / (first * (last / first) ** progress)).clamp(0, 1)
 
-    def _note(self, worse: Tensor, share: float) -> None:
-        """Let ``worse``, a scalar alike on all ranks, have a share in the running mean."""
-        self.excess = torch.lerp(self.excess, worse, share)
+    def _log(self) -> dict[str, Tensor]:
+        return {"source_excess": self.excess} if self.tolerance else {}
 
 
 class SourceGuard(Guard):
@@ -147,17 +174,27 @@ class SourceGuard(Guard):
 
     Args:
         model: The model before protection; copied.
-        args: ``source_distillation`` and ``source_tolerance``; batch size, seed and processes for the held-out images.
-        held_out: Rows of "pixel_values" and "labels" that no step trains on; None to judge on training batches.
+        args: ``source_distillation`` and ``source_tolerance``, too.
+        source: Training rows of "pixel_values" and "labels".
+        held_out: Rows that no step trains on; None to judge on those of the training.
+        autocast: See :class:`Guard`.
     """
 
     option = "source_tolerance"
 
-    def __init__(self, model: PreTrainedModel, args: NTPConfig, held_out: Dataset | None = None) -> None:
-        super().__init__(args.source_tolerance, args.device)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: NTPConfig,
+        source: Dataset,
+        held_out: Dataset | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        super().__init__(args.source_tolerance, args, source, autocast)
         needed = args.source_distillation or args.source_tolerance
         self.original = _frozen_copy(model, args.device) if needed else None
-        self._args, self.held_out = args, held_out
+        self.held_out = held_out
+        self._judged = source if held_out is None else held_out
         if held_out is None:
             self.remedy = "An original that has memorised those images makes this likely: pass others as eval_dataset"
 
@@ -167,21 +204,20 @@ class SourceGuard(Guard):
         """Cross-entropy, and the distance from the original's predictions; see :meth:`Guard.terms`."""
         loss = F.cross_entropy(logits, inputs["labels"], label_smoothing=self._args.label_smoothing_factor)
         terms = {"source_loss": loss.detach()}
-        distillation = self.compare(inputs["pixel_values"], logits, inputs["labels"])
-        if distillation is not None:
-            terms |= {"distillation_loss": distillation.detach(), "source_excess": self.excess}
+        if self._args.source_distillation:
+            distillation = self.distillation(inputs["pixel_values"], logits)
+            terms["distillation_loss"] = distillation.detach()
             loss = loss + self._args.source_distillation * distillation
-        return loss, terms
+        return loss, terms | self._log()
 
     @torch.no_grad()
-    def check_original(self, source: Dataset) -> None:
-        """Warn if the original does not classify the held-out images (else ``source``); see the base class."""
+    def check_original(self) -> None:
+        """Warn if the original does not classify the images that the excess is judged on; see the base class."""
         if self.original is None:
             return
-        data = source if self.held_out is None else self.held_out
-        rows = np.random.default_rng(0).permutation(length_of(data))[:_FIRST_LOOK].tolist()
+        rows = np.random.default_rng(0).permutation(length_of(self._judged))[:_FIRST_LOOK].tolist()
         right, labels = 0, []
-        for images, truth in self._batches(data, rows):
+        for images, truth in self._batches(rows):
             right += int((self.original(pixel_values=images).logits.argmax(-1) == truth).sum())
             labels += truth.tolist()
         accuracy, chance = right / len(labels), max(map(labels.count, set(labels))) / len(labels)
@@ -195,57 +231,33 @@ class SourceGuard(Guard):
                 100 * chance,
             )
 
-    def compare(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
-        """Note the excess on a source batch where no other images are held out, and return the distillation loss.
+    def distillation(self, images: Tensor, logits: Tensor) -> Tensor:
+        """KL divergence of the predictions from the original model's (Hinton et al., 2015), a scalar in nats.
 
         Args:
             images: Pixel values [N, 3, H, W].
             logits: Of the model under protection, [N, K].
-            labels: [N].
-
-        Returns:
-            KL divergence of the predictions from the original model's (Hinton et al., 2015), a scalar in nats; None
-            where no option needs the original model.
         """
-        if self.original is None:
-            return None
-        with torch.no_grad():
-            teacher = self.original(pixel_values=images).logits.float()
-        if self.held_out is None:
-            worse = _lost(teacher, logits.detach(), labels) / len(labels)
-            self._note(average(worse), _share_of(len(labels) * self._args.world_size))
-        return softened_divergence(teacher, logits.float())
-
-    @torch.no_grad()
-    def look(self, model: PreTrainedModel, step: int) -> None:
-        """Note the excess on the next ones, if it is time to; all ranks look at a part; see :meth:`Guard.look`."""
-        if self.held_out is None or step % _LOOK_EVERY:
-            return
         assert self.original is not None
-        args, size = self._args, length_of(self.held_out)
-        count = min(size, _LOOK_EVERY * args.per_device_train_batch_size * args.world_size)
-        order = np.random.default_rng(args.seed).permutation(size)
-        rows = order[np.arange(step // _LOOK_EVERY * count, (step // _LOOK_EVERY + 1) * count) % size]
-        rows = rows[args.process_index :: args.world_size].tolist()
-        training = model.training
-        model.eval()
-        lost = torch.zeros((), device=args.device)
-        for images, labels in self._batches(self.held_out, rows):
-            lost += _lost(self.original(pixel_values=images).logits, model(pixel_values=images).logits, labels)
-        model.train(training)
-        self._note(average(lost) * args.world_size / count, _share_of(count))
+        with torch.no_grad(), self._autocast():
+            teacher = self.original(pixel_values=images).logits
+        return softened_divergence(teacher.float(), logits.float())
 
-    def _batches(self, data: Dataset, rows: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _worse(self, model: PreTrainedModel, step: int) -> tuple[Tensor, float]:
+        assert self.original is not None
+        args, size = self._args, length_of(self._judged)
+        count = min(size, _LOOK_EVERY * args.per_device_train_batch_size * args.world_size)
+        lost = torch.zeros((), device=args.device)
+        for images, labels in self._batches(self._rows(size, step, count)):
+            lost += _lost(self.original(pixel_values=images).logits, model(pixel_values=images).logits, labels)
+        return average(lost) * args.world_size / count, min(1.0, count / _WINDOW)
+
+    def _batches(self, rows: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixel values [N, 3, H, W] and labels [N] of rows, as many at a time as a training batch has."""
         size = self._args.per_device_train_batch_size
         for start in range(0, len(rows), size):
-            batch = collate(fetch_rows(data, rows[start : start + size]))
+            batch = collate(fetch_rows(self._judged, rows[start : start + size]))
             yield batch["pixel_values"].to(self._args.device), batch["labels"].to(self._args.device)
-
-
-def _share_of(images: int) -> float:
-    """Share of so many images in the running mean of an error rate."""
-    return min(1.0, images / _WINDOW)
 
 
 def _lost(before: Tensor, after: Tensor, labels: Tensor) -> Tensor:
@@ -258,14 +270,21 @@ class FeatureGuard(Guard):
 
     Args:
         model: The model before protection; copied.
-        args: ``feature_tolerance`` and ``head_name``.
+        args: ``feature_tolerance`` and ``head_name``, too.
+        source: Training rows of "pixel_values".
+        autocast: See :class:`Guard`.
     """
 
     option = "feature_tolerance"
 
-    def __init__(self, model: PreTrainedModel, args: NTPConfig) -> None:
-        super().__init__(args.feature_tolerance, args.device)
-        self._args = args
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: NTPConfig,
+        source: Dataset,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        super().__init__(args.feature_tolerance, args, source, autocast)
         self.original = _frozen_copy(model, args.device)
         self._head = find_head(self.original, args.head_name)[1]
         self._norms = batch_norms(self.original)
@@ -273,25 +292,21 @@ class FeatureGuard(Guard):
     def terms(
         self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Distance from the original's features; see :meth:`Guard.terms`."""
-        return self._logged(self.match(inputs["pixel_values"], features))
+        """Cosine distance plus relative error of the features, a scalar: 0 for equal ones, about 2 for lost ones."""
+        loss = self.distance(inputs["pixel_values"], features, batch_statistics=True).sum()
+        return loss, {"source_loss": loss.detach(), **self._log()}
 
-    def _logged(self, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return loss, {"source_loss": loss.detach(), "source_excess": self.excess}
+    def _worse(self, model: PreTrainedModel, step: int) -> tuple[Tensor, float]:
+        args = self._args
+        # As many on every rank: their features are put together.
+        rows = self._rows(length_of(self._source), step, args.per_device_train_batch_size * args.world_size)
+        images = collate(fetch_rows(self._source, rows))["pixel_values"].to(args.device)
+        return self._excess(model, images, step), _FEATURE_SHARE
 
-    def match(self, images: Tensor, features: Tensor) -> Tensor:
-        """Note the excess on a source batch, that of all ranks, and return the loss that keeps the features.
-
-        Args:
-            images: Pixel values [N, 3, H, W].
-            features: Pooled features of the model under protection, in training mode, [N, D].
-
-        Returns:
-            Cosine distance plus relative error, a scalar: 0 for equal features, about 2 where nothing is left.
-        """
-        distance = self.distance(images, features, batch_statistics=True)
-        self._note(distance.relative_error.detach(), _FEATURE_SHARE)
-        return distance.sum()
+    def _excess(self, model: PreTrainedModel, images: Tensor, step: int) -> Tensor:
+        with recorded_features(find_head(model, self._args.head_name)[1]) as features:
+            model(pixel_values=images)
+        return self.distance(images, features[-1]).relative_error
 
     def distance(self, images: Tensor, features: Tensor, batch_statistics: bool = False) -> FeatureDistance:
         """Distance of features [N, D] from the original's on the same images, over the rows of all ranks.
@@ -304,7 +319,7 @@ class FeatureGuard(Guard):
         for norm in self._norms:
             norm.train(batch_statistics)
         frozen = frozen_batch_norm_statistics(self.original)
-        with torch.no_grad(), frozen, recorded_features(self._head) as reference:
+        with torch.no_grad(), self._autocast(), frozen, recorded_features(self._head) as reference:
             self.original(pixel_values=images)
         return feature_distance(*gather_rows(features, reference[-1]))
 
@@ -319,7 +334,11 @@ class ReconstructionGuard(FeatureGuard):
         self, model: PreTrainedModel, inputs: Mapping[str, Any], logits: Tensor, features: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction loss relative to the original's; see :meth:`Guard.terms`."""
-        return self._logged(self.reconstruct(model, inputs["pixel_values"], self.mask_seed(step)))
+        loss = self.reconstruct(model, inputs["pixel_values"], self.mask_seed(step))
+        return loss, {"source_loss": loss.detach(), **self._log()}
+
+    def _excess(self, model: PreTrainedModel, images: Tensor, step: int) -> Tensor:
+        return average(self.reconstruct(model, images, self.mask_seed(step)) - 1)
 
     def mask_seed(self, step: int) -> int:
         """Of a step on this rank, so that a resumed run hides the same patches."""
@@ -327,23 +346,20 @@ class ReconstructionGuard(FeatureGuard):
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def reconstruct(self, model: PreTrainedModel, images: Tensor, seed: int) -> Tensor:
-        """Note the excess on a source batch, averaged over ranks, and return the loss of the autoencoder.
+        """Reconstruction loss of the autoencoder over that of the original, a scalar: 1 where both are as good.
 
         Args:
             model: The model under protection, unwrapped.
             images: Pixel values [N, 3, H, W].
             seed: Decides which patches are hidden, alike for the original.
-
-        Returns:
-            Its reconstruction loss over that of the original, a scalar: 1 where both are as good.
         """
         encoder, original = plain_model(model), plain_model(self.original)
         noise = mask_noise(encoder, images, seed)
-        with torch.no_grad():
-            reference = original(pixel_values=images, noise=noise).loss
-        ratio = encoder(pixel_values=images, noise=noise).loss / reference
-        self._note(average(ratio.detach() - 1), _FEATURE_SHARE)
-        return ratio
+        # Accelerate knows of the model around the encoder alone.
+        with self._autocast():
+            with torch.no_grad():
+                reference = original(pixel_values=images, noise=noise).loss
+            return encoder(pixel_values=images, noise=noise).loss / reference
 
 
 def _frozen_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

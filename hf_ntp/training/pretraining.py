@@ -79,7 +79,7 @@ def train_classifier(
     batch_size: int = 64,
     transform: Transform | None = None,
     seed: int = 0,
-    use_cpu: bool = False,
+    **options: Any,
 ) -> None:
     """Train ``model`` in place on labelled images: AdamW, weight decay 0.05, warm-up and cosine decay.
 
@@ -92,14 +92,14 @@ def train_classifier(
         batch_size: Images per step, over all processes.
         transform: Augmentation of batches.
         seed: Seed of order and augmentation.
-        use_cpu: As in `TrainingArguments`; the same as in a configuration made before, or several processes would
-            no longer know of each other (the last arguments made decide for all).
+        options: "use_cpu", "bf16" and "fp16" of `TrainingArguments`; the same as in a configuration made before:
+            device and precision are those of the process, which cannot change them.
     """
 
     def views(batch: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return batch if transform is None else {**batch, "pixel_values": transform(batch["pixel_values"], rng)}
 
-    train(model, train_dataset, output_dir, steps, learning_rate, batch_size, views, seed, use_cpu)
+    train(model, train_dataset, output_dir, steps, learning_rate, batch_size, views, seed, **options)
 
 
 def train(
@@ -111,7 +111,7 @@ def train(
     batch_size: int,
     views: Callable[[dict[str, Any], np.random.Generator], dict[str, Any]],
     seed: int = 0,
-    use_cpu: bool = False,
+    **options: Any,
 ) -> list[dict[str, float]]:
     """What every kind of pretraining shares: :func:`train_classifier` for any ``model`` that returns its loss first.
 
@@ -131,7 +131,7 @@ def train(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         seed=seed,
-        use_cpu=use_cpu,
+        **options,
     )
     # As many images per step whatever the number of processes.
     args.per_device_train_batch_size = math.ceil(batch_size / args.world_size)

@@ -52,7 +52,7 @@ def pretrain(
     batch_size: int = 128,
     transform: Transform | None = None,
     seed: int = 0,
-    use_cpu: bool = False,
+    **options: Any,
 ) -> list[dict[str, float]]:
     """Train ``encoder`` in place on images; labels are not looked at.
 
@@ -66,7 +66,7 @@ def pretrain(
         batch_size: Images per step and device; "simclr" tells each from the others on its device.
         transform: Augmentation of batches, before "simclr" makes two views of them.
         seed: Seed of order, augmentation, masks and the projection head.
-        use_cpu: See :func:`~hf_ntp.training.pretraining.train_classifier`.
+        options: See :func:`~hf_ntp.training.pretraining.train_classifier`.
 
     Returns:
         Trainer's log, with "loss" five times.
@@ -81,7 +81,7 @@ def pretrain(
 
     torch.manual_seed(seed)
     model = encoder if method == "mae" else Contrastive(encoder)
-    return train(model, train_dataset, output_dir, steps, learning_rate, batch_size, views, seed, use_cpu)
+    return train(model, train_dataset, output_dir, steps, learning_rate, batch_size, views, seed, **options)
 
 
 class Contrastive(nn.Module):

@@ -65,8 +65,8 @@ class Terms:
         before = self.read()
         names, terms = map(list, zip(*self._step, strict=True))
         device = terms[0].device
-        others = [value.to(device, torch.float32) for value in watched.values()]
-        values = self._reduce(torch.stack([*terms, *others, torch.tensor(float(ending), device=device)]))
+        others = [value.to(device, torch.float32, non_blocking=True) for value in watched.values()]
+        values = self._reduce(torch.stack([*terms, *others, torch.full((), float(ending), device=device)]))
         self._step = []
         arrived = None
         if values.device.type != "cpu":

@@ -212,7 +212,7 @@ class NTPTrainer(Trainer):
         if not self._matches_features:
             check_task(network, head)
         num_classes = None if self._matches_features else head.out_features
-        source = source_domain(train_dataset, processing_class, num_classes, class_names(network))
+        source = source_domain(train_dataset, processing_class, num_classes, class_names(network.config))
         seed = args.seed if args.data_seed is None else args.data_seed
         targets = target_domains(
             target_dataset,
@@ -288,17 +288,17 @@ class NTPTrainer(Trainer):
         self._guard: Guard
         if self._matches_features:
             kind = ReconstructionGuard if args.source_loss == "reconstruction" else FeatureGuard
-            self._guard = kind(self.model, args)
+            self._guard = kind(self.model, args, source, self.accelerator.autocast)
         else:
             names = list(train_dataset) if isinstance(train_dataset, Mapping) else []
-            classes = class_names(network) or getattr(source, "class_names", None)
+            classes = class_names(network.config) or getattr(source, "class_names", None)
             others = held_out(self.eval_dataset, names, head.out_features, classes) if args.source_tolerance else None
-            if others is not None and self.is_fsdp_enabled:
+            if args.source_tolerance and self.is_fsdp_enabled:
                 raise ValueError(
-                    "FSDP would shard the model, and source_tolerance is judged on eval_dataset between steps, on "
-                    "which ranks would wait for each other in vain; needed: source_tolerance=[]. Or leave fsdp out."
+                    "FSDP would shard the model, and source_tolerance is judged on images between steps, on which "
+                    "ranks would wait for each other in vain; needed: source_tolerance=[]. Or leave fsdp out."
                 )
-            self._guard = SourceGuard(self.model, args, others)
+            self._guard = SourceGuard(self.model, args, source, others, self.accelerator.autocast)
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
         weights = (p for p in self.model.parameters() if p.requires_grad or not self._headless)
@@ -330,7 +330,7 @@ class NTPTrainer(Trainer):
         loss, terms = self._guard.terms(self.model, inputs, logits, features, self.state.global_step)
         strength = self._strength()
         if targets or self._pool is not None:
-            terms["target_strength"] = torch.as_tensor(strength, device=loss.device)
+            terms["target_strength"] = strength if isinstance(strength, Tensor) else loss.new_full((), strength)
         if targets:
             target_loss, of_targets = target_terms(targets, tokens, self.heads, self.args, self._target_shares)
             terms |= of_targets
@@ -393,7 +393,7 @@ class NTPTrainer(Trainer):
             self._attacked.setdefault(name, []).append((target["pixel_values"], target["labels"]))
         if self.accelerator.sync_gradients:
             attacked, self._attacked = self._attacked, {}
-            steps = self._pool.step(attacked, self.pruner.masks, self.compute_loss_context_manager)
+            steps = self._pool.step(attacked, self.pruner.masks, self.accelerator.autocast)
             for step in steps:
                 self._terms.add({"attacker_loss": step.loss})
                 if step.last:
@@ -481,9 +481,8 @@ class NTPTrainer(Trainer):
         return float(max(theirs, default=0.0))
 
     def look_at_source(self, step: int) -> None:
-        """After optimizer step ``step``, let the guard see held-out images if it is time to."""
-        with self.compute_loss_context_manager():
-            self._guard.look(self.model, step)
+        """After optimizer step ``step``, let the guard see authorized images if it is time to."""
+        self._guard.look(self.model, step)
 
     @torch.no_grad()
     def _restore_lengths(self) -> None:
@@ -578,7 +577,7 @@ class NTPTrainer(Trainer):
             )
             rows = self.args.per_device_train_batch_size * (self.paired_sampler.draws - 1)
             self._pool.check_shares(rows, self.args.gradient_accumulation_steps)
-        self._guard.check_original(self.train_dataset.source)
+        self._guard.check_original()
         self._pruning_log, self._terms = {"sparsity": torch.zeros(())}, self._new_terms()
         self._attacked, self._leaving, self._ended = {}, False, False
         self._guard.excess = torch.zeros_like(self._guard.excess)

@@ -43,6 +43,8 @@ RUNS = {
         ViTModel(tiny_vit().config, add_pooling_layer=False),
         {**ATTACKERS, "gradient_accumulation_steps": 2, "feature_tolerance": [0.01, 0.01]},
     ),
+    # Its gradient reaches the encoder by no other term.
+    "collapse": lambda: (tiny_vit(), {**NO_TARGET, "collapse_weight": 1.0, "source_tolerance": []}),
     # Its head gets no gradient.
     "head_left_alone": lambda: (
         tiny_vit(),
@@ -92,7 +94,7 @@ def run(name, folder, processes, device="cpu", resume=None, **more):
         for name, parameter in ours.model.named_parameters()
     }
     state = {"moved": moved, "masks": ours.pruner.stored}
-    if ours._guard.held_out is not None:
+    if ours._guard.tolerance:
         state["guard"] = {"excess": ours._guard.excess}
     if ours.args.target_weight:
         state |= {f"head {domain}": head.tensors() for domain, head in ours.heads.items()}

@@ -238,7 +238,7 @@ def test_a_checkpoint_of_other_evaluation_data_is_refused(tmp_path):
 
 def test_target_terms_rise_over_the_warm_up(tmp_path):
     ours = trainer(tmp_path, max_steps=20, target_warmup=0.5, source_tolerance=[])
-    ours._guard = SourceGuard(ours.model, ours.args)
+    ours._guard = SourceGuard(ours.model, ours.args, Rows())
     ours.state.max_steps = 20
     strengths = []
     for ours.state.global_step in (0, 4, 9, 15):
