@@ -17,7 +17,7 @@ def quick(monkeypatch, few_images):
     monkeypatch.setattr(access, "SHAPES", shapes)
     monkeypatch.setattr(strength, "SAMPLE_SIZES", (10, 20))
     monkeypatch.setattr(strength, "SEEDS", (0,))
-    protocol = FineTuneProtocol(steps=22, learning_rates=(1e-3,))
+    protocol = FineTuneProtocol(steps=3, learning_rates=(1e-3,), warmup_steps=1)
 
     def short(*given):
         data, settings = strength.arena(*given)

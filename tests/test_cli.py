@@ -202,16 +202,16 @@ def test_a_record_cannot_forge_what_is_printed(folder, capsys):
 
 @pytest.mark.parametrize("command", [[], ["report"], ["push"], ["verify"]])
 def test_help_is_instant(command):
-    """Best of three: other processes may be at work on the machine."""
-    seconds = []
+    """Once in three times, at least: other processes may be at work on the machine."""
     for _ in range(3):
         start = time.perf_counter()
         argv = [sys.executable, "-m", "hf_ntp.cli", *command, "--help"]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
-        seconds.append(time.perf_counter() - start)
+        if (seconds := time.perf_counter() - start) < 1:
+            break
     assert done.returncode == 0
     assert "hf-ntp" in done.stdout
-    assert min(seconds) < 1
+    assert seconds < 1
 
 
 @pytest.mark.parametrize(

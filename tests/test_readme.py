@@ -12,8 +12,10 @@ from transformers import ViTImageProcessorPil
 
 import hf_ntp
 from hf_ntp import PixelDataset, cli
+from hf_ntp.attacks import ATTACKS
 from hf_ntp.data import Content
 from hf_ntp.publishing.report import write_report
+from hf_ntp.publishing.results import read_results, results_table
 from hf_ntp.run_folder import weight_digests
 
 from .conftest import tiny_vit
@@ -47,6 +49,17 @@ def test_links_lead_somewhere(name):
         assert not anchor or anchor in anchors(there), link
 
 
+def test_the_default_run_is_the_committed_one():
+    """What it prints, and the attacks on it; also how many there are."""
+    printed = results_table(read_results(ROOT / "model_cards" / "mnist_only"))
+    assert "\n".join(line.rstrip() for line in printed.splitlines()) in README
+    assert f"`--attacks all` for all {len(ATTACKS)}" in " ".join(README.split())
+    attacks = json.loads((ROOT / "model_cards" / "mnist_only" / "attacks.json").read_text())
+    areas = sorted((found["normalized"] for found in attacks["starts"]["protected"].values()), reverse=True)
+    table = README.split("## How strong is it?")[1].split("| **worst case** |")[0]
+    assert re.findall(r"^\|[^|]+\|[^|]*\| ([+-]\S+) \| \[", table, re.M) == [f"{area:+.3f}" for area in areas]
+
+
 @pytest.fixture
 def blocks():
     return re.findall(r"```python\n(.*?)```", README, re.S)
@@ -63,7 +76,7 @@ def test_python_examples(blocks, few_images, tmp_path, monkeypatch):
         ", num_train_epochs=30": "",
         '"ORG/ENCODER"': repr(str(tmp_path / "encoder")),
         "NTPConfig(output_dir": "NTPConfig(max_steps=4, report_to='none', use_cpu=True, output_dir",
-        "steps=600, learning_rates=(3e-4, 1e-3, 3e-3)": "steps=21",
+        "steps=600, learning_rates=(3e-4, 1e-3, 3e-3)": "steps=3, warmup_steps=1, learning_rates=(1e-3,)",
         "sample_sizes=[10, 30, 100],\n    protocol": "sample_sizes=[10, 30], seeds=[0], jobs=1, protocol",
     }
     code = [block for block in blocks if "load_protected" not in block]

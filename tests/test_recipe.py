@@ -25,9 +25,11 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_ntp import load_domain, read_record
+from hf_ntp import AttackData, load_domain, read_record
+from hf_ntp.attacks import probes
 from hf_ntp.models import prunable_weights, zero_fraction
 from hf_ntp.training.arguments import ProtectionArguments
+from hf_ntp.training.pretraining import small_vit
 
 from .conftest import tiny_resnet, tiny_vit
 from .hub_server import OWNER
@@ -35,8 +37,9 @@ from .hub_server import OWNER
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "ntp_vit.py"
 QUICK = (
-    "--max_steps 20 --pretrain_steps 10 --save_steps 10 --attack_steps 22 --attack_seeds 0 1 --sample_sizes 10 20 "
-    "--attack_learning_rates 1e-3 --report_to none --disable_tqdm true --source_max_samples 300 --jobs 1"
+    "--max_steps 20 --pretrain_steps 10 --save_steps 10 --attack_steps 3 --attack_seeds 0 1 --sample_sizes 10 20 "
+    "--attack_learning_rates 1e-3 --report_to none --disable_tqdm true --source_max_samples 200 "
+    "--target_max_samples 200 --jobs 1"
 ).split()
 
 DEMO = ["--source_dataset", "mnist", "--target_dataset", "optdigits"]
@@ -95,28 +98,44 @@ def test_the_model_is_sparse_and_described(finished):
     assert set(record["unauthorized_domains"][0]["fingerprint"]) == {"owner", "attacker", "validation", "test"}
 
 
-def test_plain_transformers_loads_it_without_our_package(finished):
+def test_plain_transformers_loads_it(finished):
+    """In a process without our package: tests/publishing/test_hub.py."""
     folder = finished[0] / "protected"
-    code = (
-        "import sys, torch\n"
-        "from transformers import AutoModelForImageClassification as A\n"
-        f"model, info = A.from_pretrained({str(folder)!r}, output_loading_info=True)\n"
-        "assert not info['missing_keys'] and not info['unexpected_keys']\n"
-        "assert model(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 10)\n"
-        "assert 'hf_ntp' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    model, found = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    assert model(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 10)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     assert processor(Image.new("RGB", (28, 28)), return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 16)
 
 
-def test_the_same_command_again_changes_nothing(finished, recipe):
+def test_the_same_command_again_changes_nothing(finished, recipe, monkeypatch):
     run, _ = finished
     before = {path: path.stat().st_mtime_ns for path in (run / "protected").iterdir()}
-    start = time.process_time()
+    for name in ("hf_ntp.NTPTrainer", "hf_ntp.recipes.domains.measure"):
+        monkeypatch.setattr(name, None)
     recipe.main(["--output_dir", str(run), *QUICK])
     assert {path: path.stat().st_mtime_ns for path in (run / "protected").iterdir()} == before
-    assert time.process_time() - start < 30
+
+
+def test_options_of_the_pretraining(recipe, tmp_path, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def pretrain(model, data, folder, steps, rate, **options):
+        found.update(options, model=model, steps=steps, rate=rate)
+        raise Begun
+
+    found = {}
+    monkeypatch.setattr("hf_ntp.training.pretraining.train_classifier", pretrain)
+    given = "--pretrain_seed 3 --pretrain_learning_rate 0.01 --pretrain_steps 9 --augment_shift 2 --bf16 true"
+    with pytest.raises(Begun):
+        recipe.main(["--output_dir", str(tmp_path / "run"), *QUICK, *given.split(), "--use_cpu", "true"])
+    assert (found["seed"], found["steps"], found["rate"], found["transform"].pixels) == (3, 9, 0.01, 2)
+    assert (found["bf16"], found["fp16"], found["use_cpu"]) == (True, False, True)
+    names = [str(digit) for digit in range(10)]
+    assert torch.equal(found["model"].classifier.weight, small_vit(names, 16, 3).classifier.weight)
 
 
 def test_another_run_does_not_mix_in(finished, recipe):
@@ -188,13 +207,13 @@ def test_your_own_model_and_folders_of_images(recipe, tmp_path):
 
 def test_several_domains_a_third_and_no_access(recipe, tmp_path):
     """All kinds of domains in one run, through the command line."""
-    load_domain("optdigits", max_samples=300).save_to_disk(tmp_path / "scans")
+    load_domain("optdigits", max_samples=200).save_to_disk(tmp_path / "scans")
     results = recipe.main(
         [
             "--source_dataset", "mnist", "optdigits", "--source_weights", '{"mnist": 2, "optdigits": 1}',
             "--target_dataset", "syn", "mnistm", "--third_dataset", str(tmp_path / "scans"), "--target_access", "none",
             "--output_dir", str(tmp_path / "run"), *QUICK, "--attack_seeds", "0", "--max_steps", "4",
-            "--save_strategy", "no", "--target_max_samples", "300",
+            "--save_strategy", "no",
         ]
     )  # fmt: skip
     assert results["target"] == {"domain": "syn", "dataset": "syn", "access": "none"}
@@ -251,8 +270,8 @@ def test_bad_input_stops_before_any_training(recipe, tmp_path, options, error, m
         (ntp_vit, "--per_device_train_batch_size 1", "a batch has one image of each domain"),
         (
             ntp_ssl,
-            "--source_dataset mnist syn --dataloader_drop_last true --per_device_train_batch_size 361",
-            "360 rows are no whole batch of 361",
+            "--source_dataset mnist syn --dataloader_drop_last true --per_device_train_batch_size 241",
+            "240 rows are no whole batch of 241",
         ),
         (ntp_vit, "--attackers 1 --target_dataset optdigits mnistm", "attackers is 1 for 2 unauthorized domains"),
     ],
@@ -458,16 +477,16 @@ def test_another_image_processor(recipe, tmp_path):
 
 
 def test_help_is_quick():
-    """Best of three: other processes may be at work on the machine."""
-    seconds = []
+    """Once in three times, at least: other processes may be at work on the machine."""
     for _ in range(3):
         start = time.perf_counter()
         done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, timeout=60)
-        seconds.append(time.perf_counter() - start)
+        if (seconds := time.perf_counter() - start) < 3:
+            break
     assert done.returncode == 0
     assert "--target_dataset" in done.stdout
     assert "--sparsity" in done.stdout
-    assert min(seconds) < 3
+    assert seconds < 3
 
 
 def test_the_budget_of_attacks_has_one_name_in_all_recipes():
@@ -480,18 +499,31 @@ def test_the_budget_of_attacks_has_one_name_in_all_recipes():
 
 
 def attack_options(run, out, *options):
-    quick = "--target_dataset optdigits --steps 22 --seeds 0 --sample_sizes 10 20 --learning_rates 1e-3 --jobs 1"
+    quick = (
+        "--target_dataset optdigits --target_max_samples 200 --steps 3 --seeds 0 --sample_sizes 10 20 "
+        "--learning_rates 1e-3 --jobs 1"
+    )
     return ["--checkpoint", str(run / "protected"), "--output_dir", str(out), *quick.split(), *options]
 
 
-def test_attacking_the_result(finished, tmp_path, capsys):
+@pytest.fixture
+def two_strengths(monkeypatch):
+    """Of ridge probes: two fits in place of seven."""
+    monkeypatch.setitem(probes.KINDS, "ridge", probes.KINDS["ridge"]._replace(grid=(1.0, 10.0)))
+
+
+def test_attacking_the_result(finished, two_strengths, tmp_path, capsys, monkeypatch):
     """With ridge in place of the linear probe, which takes thousands of iterations on features of a few steps."""
     run, _ = finished
+    monkeypatch.setattr("hf_ntp.AttackData", lambda *parts: (given.append(parts), AttackData(*parts))[1])
+    given = []
     options = ["--unprotected", str(run / "unprotected"), "--source_dataset", "mnist", "--controls"]
+    options += ["--num_source_images", "40"]
     options += ["--attacks", "mask_kept", "dense", "ridge_probe", "source_all_new"]
     ntp_attack.main(attack_options(run, tmp_path / "out", *options))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["starts"]) == {"protected", "unprotected", "magnitude_pruned", "random_pruned"}
+    assert [len(parts[3]) for parts in given] == [40]
     assert set(results["starts"]["protected"]) == {"mask_kept", "dense", "ridge_probe", "source_all_new"}
     assert results["not_run"]["unprotected"] == {"mask_kept": "the checkpoint has no zeros"}
     printed = capsys.readouterr().out
@@ -506,15 +538,16 @@ def test_attacking_the_result(finished, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
 
-def test_runs_with_other_attacks_share_fits(finished, tmp_path):
+def test_runs_with_other_attacks_share_fits(finished, two_strengths, tmp_path):
     run, shared = finished[0], tmp_path / "shared"
+    load_domain("syn", max_samples=200).save_to_disk(tmp_path / "syn")
     more = [
         "--unprotected",
         str(run / "unprotected"),
         "--reference",
         str(run / "unprotected"),
         "--third_dataset",
-        "syn",
+        str(tmp_path / "syn"),
     ]
     for name, options in {"a": ["ridge_probe"], "b": ["ridge_probe", "knn", *more]}.items():
         ntp_attack.main(attack_options(run, tmp_path / name, "--cache_dir", str(shared), "--attacks", *options))
@@ -531,7 +564,7 @@ def test_runs_with_other_attacks_share_fits(finished, tmp_path):
     assert not (tmp_path / "b" / "fits").exists()
 
 
-def test_an_attack_on_other_weights_under_the_same_name_is_refused(finished, tmp_path):
+def test_an_attack_on_other_weights_under_the_same_name_is_refused(finished, two_strengths, tmp_path):
     """Its controls would have another sparsity."""
     shutil.copytree(finished[0] / "protected", tmp_path / "protected")
     (tmp_path / "protected" / "preprocessor_config.json").unlink()

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from benchmarks.search import run as search
 from benchmarks.strength import run as strength
+from hf_ntp import FineTuneProtocol
 
 
 @pytest.fixture
@@ -16,7 +18,8 @@ def quick(monkeypatch, few_images):
     }
     for module in (search, strength):
         monkeypatch.setattr(module, "ARCHITECTURES", shapes)
-    monkeypatch.setattr(search, "ATTACK_STEPS", 22)
+    monkeypatch.setattr(search, "ATTACK_STEPS", 3)
+    monkeypatch.setattr(search.hf_ntp, "FineTuneProtocol", partial(FineTuneProtocol, warmup_steps=1))
     monkeypatch.setattr(search, "RATES", {"vit": (1e-3,)})
     monkeypatch.setattr(search, "SAMPLE_SIZES", (10, 20))
     monkeypatch.setattr(search, "CANDIDATES", {"defaults": {}, "gentle": {"fisher_weight": 1.0}})
@@ -44,7 +47,7 @@ def test_candidates_are_measured_once_each(quick, tmp_path, monkeypatch):
         search.main(command)
 
 
-def test_attacks_are_tuned_and_scored_on_halves_of_the_validation_part():
+def test_attacks_are_tuned_and_scored_on_halves_of_the_validation_part(few_images):
     cell = strength.Cell("vit", "mnist", "optdigits")
     arena, target = search.validation_arena(cell), strength.load("optdigits", 16)
     assert len(arena.validation) + len(arena.test) == len(target.validation)

@@ -18,7 +18,7 @@ def quick(monkeypatch, few_images):
     monkeypatch.setattr(ssl, "PAIRS", (("optdigits", "mnist"),))
     monkeypatch.setattr(ssl, "SEEDS", (1,))
     monkeypatch.setattr(ssl, "SAMPLE_SIZES", (10, 20))
-    monkeypatch.setattr(ssl, "PROTOCOL", FineTuneProtocol(steps=22, learning_rates=(1e-3,)))
+    monkeypatch.setattr(ssl, "PROTOCOL", FineTuneProtocol(steps=3, learning_rates=(1e-3,), warmup_steps=1))
     monkeypatch.setattr(probes, "_MAX_ITERATIONS", 20)  # on features of a few steps thousands would not be enough
 
 

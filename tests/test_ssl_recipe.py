@@ -30,8 +30,9 @@ from .conftest import tiny_vit
 
 ROOT = Path(__file__).parents[1]
 QUICK = (
-    "--max_steps 12 --pretrain_steps 6 --save_steps 6 --attack_steps 22 --attack_seeds 0 --sample_sizes 10 20 "
-    "--attack_learning_rates 1e-3 --report_to none --disable_tqdm true --source_max_samples 200 --jobs 1"
+    "--max_steps 12 --pretrain_steps 6 --save_steps 6 --attack_steps 3 --attack_seeds 0 --sample_sizes 10 20 "
+    "--attack_learning_rates 1e-3 --report_to none --disable_tqdm true --source_max_samples 200 "
+    "--target_max_samples 200 --jobs 1"
 ).split()
 
 

@@ -23,7 +23,7 @@ HERE = Path(module.__file__).parent
 
 @pytest.fixture
 def benchmark(monkeypatch, few_images):
-    quick = {"pretrain_steps": 4, "protection_steps": 6, "attack_steps": 22}
+    quick = {"pretrain_steps": 4, "protection_steps": 6, "attack_steps": 3}
     shapes = {name: replace(shape, **quick) for name, shape in module.ARCHITECTURES.items()}
     monkeypatch.setattr(module, "ARCHITECTURES", shapes)
     monkeypatch.setattr(module, "PAIRS", (("optdigits", "mnist"),))
@@ -32,7 +32,7 @@ def benchmark(monkeypatch, few_images):
     monkeypatch.setattr(module, "SAMPLE_SIZES", (10, 20))
     monkeypatch.setattr(module, "SEEDS", (0, 1))
     monkeypatch.setattr(module, "PROTECTION_SEEDS", (1,))
-    one_rate = partial(FineTuneProtocol, learning_rates=(1e-3,))
+    one_rate = partial(FineTuneProtocol, learning_rates=(1e-3,), warmup_steps=1)
     monkeypatch.setattr(module.hf_ntp, "FineTuneProtocol", one_rate)
     monkeypatch.setattr(probes, "_MAX_ITERATIONS", 20)  # on features of a few steps thousands would not be enough
     return module

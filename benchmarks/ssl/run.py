@@ -39,6 +39,7 @@ from benchmarks.strength.run import (
 from hf_ntp.data import RandomShift
 from hf_ntp.evaluation.cache import FIT_VERSION
 from hf_ntp.evaluation.suite import run_attacks
+from hf_ntp.evaluation.summary import retained_share
 from hf_ntp.evaluation.utility import source_utility
 from hf_ntp.models import load_model, noted_prunable_weights, zero_fraction
 from hf_ntp.publishing.wording import markdown_table, percent
@@ -141,11 +142,12 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         when: {name: mean(run["source"][when][name] for run in runs) for name in ("linear_probe", "knn")}
         for when in ("before", "after")
     }
-    retained = areas["dense"] / areas["unprotected"]
+    # As decades: one of them here, which is the normalized area.
+    retained = retained_share(areas["dense"], areas["unprotected"])
     bars = {
         "probe_drop": source["before"]["linear_probe"] - source["after"]["linear_probe"] <= 0.01,
         "mask_kept": areas["mask_kept"] < 0,
-        "retained": areas["unprotected"] > 0 and retained <= 0.5,
+        "retained": retained is not None and retained <= 0.5,
     }
     return {"seeds": len(runs), "source": source, "areas": areas, "retained": retained, "bars": bars}
 

@@ -5,6 +5,7 @@ import torch
 
 from hf_ntp.attacks import FineTuneProtocol, FineTuning, distillation
 from hf_ntp.attacks.distillation import Distillation, _standardised
+from hf_ntp.models import EncoderWithHead, find_head
 from hf_ntp.models.changes import fresh_model
 
 from ..conftest import Rows, tiny_vit
@@ -18,6 +19,18 @@ def test_without_a_teacher_it_is_scratch_training(model):
     expected = FineTuning(keep_head=True).fit(scratch, loot, protocol, 1e-3, 7)(images)
     predict = Distillation(logit_weight=0, feature_weight=0).fit(model, loot, protocol, 1e-3, 7)
     assert torch.equal(predict(images), expected)
+
+
+def test_the_students_head_learns_where_the_model_has_none(monkeypatch):
+    """The stand-in for a head is fixed while an encoder is protected."""
+    trained = []
+    monkeypatch.setattr(distillation, "train", lambda model, parameters, *_: trained.append((model, list(parameters))))
+    encoder = EncoderWithHead(tiny_vit().vit)
+    Distillation().fit(encoder, loot_of(), QUICK, 1e-3, 0)
+    ((student, parameters),) = trained
+    _, head = find_head(student)
+    assert head.weight.requires_grad
+    assert any(parameter is head.weight for parameter in parameters)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(model):

@@ -83,9 +83,31 @@ def test_sgd_has_hotter_rates_and_another_result(model):
 def test_longer_is_a_factor_on_the_steps(monkeypatch):
     asked = []
     real = fine_tuning.get_scheduler
-    monkeypatch.setattr(fine_tuning, "get_scheduler", lambda *args: (asked.append(args[2:]), real(*args))[1])
+    monkeypatch.setattr(
+        fine_tuning, "get_scheduler", lambda name, _, *steps: (asked.append((name, *steps)), real(name, _, *steps))[1]
+    )
     FineTuning(longer=3).fit(tiny_vit(), loot_of(), QUICK, 1e-3, 0)
-    assert asked == [(1, 15)]
+    assert asked == [("cosine", 1, 15)]
+
+
+@pytest.mark.parametrize(("optimizer", "shrinks"), [("adamw", 1.0), ("sgd", 1.9 * 0.1 / 10)])
+def test_weight_decay_by_hand(optimizer, shrinks):
+    """One step at the full rate, without gradient; Nesterov's first step counts a gradient 1.9 times."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    before = model.weight.item()
+    protocol = FineTuneProtocol(steps=1, warmup_steps=0, weight_decay=0.5)
+    fine_tuning.train(model, model.parameters(), lambda: 0 * model.weight.sum(), protocol, 0.1, 0, optimizer=optimizer)
+    assert model.weight.item() == pytest.approx(before * (1 - 0.1 * 0.5 * shrinks), rel=1e-5)
+
+
+def test_the_seed_decides_what_is_dropped():
+    found = []
+    for seed in (0, 0, 1):
+        model = tiny_vit(dropout=0.5)
+        FineTuning(keep_head=True).fit(model, loot_of(), QUICK, 1e-2, seed)
+        found.append(model.vit.layers[0].mlp.fc1.weight.detach())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_unsuitable_checkpoints():

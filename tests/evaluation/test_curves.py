@@ -27,8 +27,9 @@ from hf_ntp.evaluation.fits import Describer, Fit
 from hf_ntp.evaluation.measure import scratch_convergence
 from hf_ntp.evaluation.runner import LearningCurves, accuracy_of, load_start
 from hf_ntp.evaluation.summary import retained, retained_share
-from hf_ntp.models import prunable_weights
+from hf_ntp.models import load_model, prunable_weights
 
+from ..architectures import build
 from ..conftest import tiny_resnet, tiny_vit
 from .conftest import pixels
 
@@ -409,6 +410,21 @@ def test_measuring_a_protected_model(attack, checkpoints, tmp_path):
     assert measured.accuracy.images == 12
     assert measured.convergence.sample_size == 12
     assert measured.convergence.steps == 12
+
+
+def test_what_is_known_of_an_architecture_without_its_values(attack, tmp_path):
+    """As on an accelerator, before fits are trained as one; the positions of a masked autoencoder have no values."""
+    for name in ("ViTMAE-pretraining", "CLIP"):
+        folder = tmp_path / name
+        build(name).save_pretrained(folder)
+        arm = Arm(name, str(folder))
+        describe = Describer(attack, QUICK)
+        assert describe.weights(arm) == sum(p.numel() for p in load_model(arm.checkpoint).parameters())
+        assert not describe.has_dropout(arm)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["attention_dropout"] = 0.1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert Describer(attack, QUICK).has_dropout(arm)
 
 
 def test_fits_trained_as_one_give_the_same_curves(attack, checkpoints, tmp_path, monkeypatch):

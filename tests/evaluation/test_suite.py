@@ -181,6 +181,16 @@ def test_authorized_images_of_more_classes_than_the_head_has(checkpoints, attack
     assert not_run == dict.fromkeys(through_the_source, "authorized images have labels up to 3, the head 3 classes")
 
 
+def test_authorized_images_in_another_order_than_the_heads(checkpoints, attack):
+    for folder in checkpoints:
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        model.config.id2label = dict(enumerate("210"))
+        model.save_pretrained(folder)
+    data = replace(attack, source=pixels(12, 3))
+    not_run = suite(checkpoints, data, ["dense", "source_all_new"], seeds=[0])["not_run"]
+    assert "the authorized images' 0, 1, 2: align_labels_with_mapping" in not_run["protected"]["source_all_new"]
+
+
 def test_a_model_that_was_evaluated_by_trainer_is_of_the_same_architecture(checkpoints, attack):
     """Trainer's loss notes problem_type in the config."""
     model = AutoModelForImageClassification.from_pretrained(checkpoints[1])

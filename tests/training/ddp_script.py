@@ -1,9 +1,7 @@
 """Run by test_ddp.py on every rank and in one process: trains, and returns what must agree."""
 
 import os
-import sys
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -190,8 +188,8 @@ def prune(pattern, folder=None, mesh=None):
     return {"anchors": anchors, "masks": masks, "weights": weights}, steps
 
 
-if __name__ == "__main__":
-    folder, device, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+def main(folder, device, processes):
+    """What every rank does."""
     found = {name: run(name, folder, processes, device) for name in RUNS}
     found["simclr"] = pretrain_contrastively(folder / "simclr", device)
     mesh = init_device_mesh(device, (processes,))

@@ -1,20 +1,16 @@
-import os
 import shutil
-import subprocess
-import sys
+import signal
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
 from hf_ntp.models import noted_prunable_weights, zero_fraction
 
-from .ddp_script import PATTERNS, RUNS, SHARDED, prune, run
-
-CRASH = "Signal 11 (SIGSEGV)"
-"""What torchrun says of a process that died so."""
+from .. import processes as processes_of
+from .ddp_script import PATTERNS, RUNS, SHARDED, main, prune, run
 
 
 @pytest.fixture(scope="module")
@@ -24,23 +20,15 @@ def folder(tmp_path_factory):
 
 def launch(folder, device, processes):
     """What every rank found."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     for again in (True, False):
-        done = subprocess.run(
-            [*torchrun, "-m", "tests.training.ddp_script", str(folder), device, str(processes)],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"PYTHONFAULTHANDLER": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        if not (again and device == "cpu" and CRASH in done.stderr):
+        statuses, said = processes_of.launch(main, folder / "rank", folder, device, processes, processes=processes)
+        if not (again and device == "cpu" and -signal.SIGSEGV in statuses):
             break
         # Seen once in about forty runs, in a collective of FSDP: native code, not a result that differs.
-        warnings.warn(f"a process crashed in native code, once more:\n{done.stderr[-6000:]}", stacklevel=2)
+        warnings.warn(f"a process crashed in native code, once more:\n{''.join(said)[-6000:]}", stacklevel=2)
         shutil.rmtree(folder)
         folder.mkdir()
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert not any(statuses), "".join(text[-3000:] for text in said)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
 
 
@@ -132,7 +120,9 @@ def test_the_life_of_a_sharded_trainer(ranks, folder):
 
 
 def test_checkpoints_are_whole(ranks, folder):
-    assert (folder / "adaptive" / "checkpoint-8" / "ntp_state.safetensors").exists()
+    state, written = ranks[0]["adaptive"][0], load_file(folder / "adaptive" / "checkpoint-8" / "ntp_state.safetensors")
+    for name, mask in state["masks"].items():
+        assert torch.equal(written[f"pruner/{name}"], mask), name
 
 
 @pytest.mark.gpu

@@ -180,6 +180,21 @@ def test_features_are_judged_as_they_are_used():
     assert expected > 0.05
 
 
+@pytest.mark.parametrize("kind", [SourceGuard, FeatureGuard])
+def test_the_original_computes_in_the_precision_of_the_run(kind):
+    found = []
+    ours = kind(tiny_vit(), config(), Rows(), autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    ours.original.vit.layers[0].mlp.fc1.register_forward_hook(lambda *args: found.append(args[2].dtype))
+    images = Rows(size=6).images
+    if kind is SourceGuard:
+        ours.distillation(images, torch.zeros(6, 3))
+    else:
+        ours.distance(images, torch.zeros(6, 16))
+    ours.look(tiny_vit(), 8)
+    assert len(found) >= 2
+    assert set(found) == {torch.bfloat16}
+
+
 def test_the_limit_of_features_is_their_own():
     ours = FeatureGuard(tiny_vit(), config(feature_tolerance=[0.4, 0.1]), Rows())
     ours.excess = torch.tensor(0.6)

@@ -210,6 +210,7 @@ def test_only_authorized_evaluation_data_count(tmp_path, caplog):
     assert (
         trainer(tmp_path, source=source, evaluation=evaluation)._guard.held_out.labels.tolist() == one.labels.tolist()
     )
+    assert "judged on 'one' alone: eval_dataset has nothing of 'two'" in caplog.text
     assert trainer(tmp_path, evaluation=one, source_tolerance=[])._guard.held_out is None
     assert "judged on training images" not in caplog.text
     assert trainer(tmp_path, evaluation=evaluation)._guard.held_out is None
@@ -268,9 +269,16 @@ def test_published_terms(tmp_path):
 
 def test_evaluation_is_trainers_own(tmp_path):
     ours = trainer(tmp_path)
-    metrics = ours.evaluate(Rows(size=10, seed=5))
-    assert 0 <= metrics["eval_accuracy"] <= 1
-    assert metrics["eval_loss"] > 0
+    check_evaluation(ours, Rows(size=10, seed=5))
+
+
+def check_evaluation(ours, data, **given):
+    """Accuracy and cross-entropy are those of the logits."""
+    metrics = ours.evaluate(**given) if given else ours.evaluate(data)
+    with torch.no_grad():
+        logits = ours.model.eval()(data.images).logits
+    assert metrics["eval_accuracy"] == pytest.approx(float((logits.argmax(-1) == data.labels).float().mean()))
+    assert metrics["eval_loss"] == pytest.approx(float(F.cross_entropy(logits, data.labels)), rel=1e-5)
 
 
 def test_the_mask_is_fixed_in_the_last_phase(tmp_path):
@@ -405,22 +413,25 @@ def learned_resnet():
     ],
     ids=["vit", "vit-accumulated-bf16-worker", "resnet-l1", "resnet-held-out"],
 )
-@pytest.mark.parametrize("interrupted_at", [5, 10])
-def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, make, options, interrupted_at):
-    """Epochs have 6 steps (3 when accumulated), so both points lie inside one; pruning ends at step 8."""
-    options = {**options, "save_strategy": "steps", "save_steps": 1}
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, make, options):
+    """From steps 4 and 10, inside epochs of 6 steps (3 when accumulated); pruning ends at step 8."""
     whole = trainer(tmp_path / "whole", make(), **options)
     whole.train()
-    with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path / "cut", make(), callbacks=[Stop(interrupted_at)], **options).train()
-    resumed = trainer(tmp_path / "cut", make(), **options)
-    resumed.train(resume_from_checkpoint=True)
-    for (name, a), (_, b) in zip(whole.model.state_dict().items(), resumed.model.state_dict().items(), strict=True):
-        assert torch.equal(a, b), name
-    for a, b in zip(whole.heads.values(), resumed.heads.values(), strict=True):
-        assert torch.equal(a.linear.weight, b.linear.weight)
-    last = [[r for r in t.state.log_history if "loss" in r][-1] for t in (whole, resumed)]
-    assert last[0]["source_loss"] == last[1]["source_loss"]
+    options = {**options, "save_strategy": "steps", "save_steps": 1}
+    for interrupted_at in (5, 11):
+        folder = tmp_path / str(interrupted_at)
+        with pytest.raises(KeyboardInterrupt):
+            trainer(folder, make(), callbacks=[Stop(interrupted_at)], **options).train()
+        resumed = trainer(folder, make(), **options)
+        resumed.train(resume_from_checkpoint=True)
+        for (name, a), (_, b) in zip(
+            whole.model.state_dict().items(), resumed.model.state_dict().items(), strict=True
+        ):
+            assert torch.equal(a, b), name
+        for a, b in zip(whole.heads.values(), resumed.heads.values(), strict=True):
+            assert torch.equal(a.linear.weight, b.linear.weight)
+        last = [[r for r in t.state.log_history if "loss" in r][-1] for t in (whole, resumed)]
+        assert last[0]["source_loss"] == last[1]["source_loss"]
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
@@ -514,7 +525,9 @@ def test_the_best_checkpoint_is_found_where_it_lies(tmp_path):
     )
     ours.train()
     best = ours.state.best_model_checkpoint
-    assert best.startswith(str(tmp_path / "checkpoint-"))
+    found = {row["step"]: row["eval_accuracy"] for row in ours.state.log_history if "eval_accuracy" in row}
+    assert len(found) == 3
+    assert best == str(tmp_path / f"checkpoint-{max(found, key=found.get)}")
     assert (tmp_path / "checkpoint-12").exists()
     state = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == best
@@ -772,13 +785,13 @@ def test_few_rows_give_attackers_as_many_images_as_asked_for(tmp_path):
 
 def test_the_training_set_can_be_evaluated(tmp_path):
     ours = trainer(tmp_path, max_steps=2)
-    assert ours.evaluate(ours.train_dataset)["eval_accuracy"] >= 0
+    check_evaluation(ours, Rows(), eval_dataset=ours.train_dataset)
 
 
 def test_accuracy_where_hidden_states_come_along(tmp_path):
     model = tiny_vit()
     model.config.output_hidden_states = True
-    assert "eval_accuracy" in trainer(tmp_path, model=model, evaluation=Rows(seed=5)).evaluate()
+    check_evaluation(trainer(tmp_path, model=model), Rows(seed=5))
 
 
 def test_push_to_hub(hub, tmp_path):
