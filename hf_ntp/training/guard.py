@@ -40,6 +40,8 @@ _HELD_BACK = 0.1
 """Mean share of its weight below which what is aimed at the target did next to nothing."""
 _LOSS_OF_NOTE = 0.02
 """Errors on so few images as a guard sees scatter by less."""
+_NO_CLASS = -1
+"""Label that no prediction equals."""
 _LOOK_EVERY = 8
 """Optimizer steps between two looks at authorized images."""
 
@@ -247,8 +249,15 @@ class SourceGuard(Guard):
         assert self.original is not None
         args, size = self._args, length_of(self._judged)
         count = min(size, _LOOK_EVERY * args.per_device_train_batch_size * args.world_size)
+        rows = self._rows(size, step, count)
+        own = len(rows)
+        # As many passes on every rank, or under FSDP some would wait in vain: where others have one image more, one
+        # of no class.
+        rows += [0] * (math.ceil(count / args.world_size) - own)
         lost = torch.zeros((), device=args.device)
-        for images, labels in self._batches(self._rows(size, step, count)):
+        for images, labels in self._batches(rows):
+            labels[max(own, 0) :] = _NO_CLASS
+            own -= len(labels)
             lost += _lost(self.original(pixel_values=images).logits, model(pixel_values=images).logits, labels)
         return average(lost) * args.world_size / count, min(1.0, count / _WINDOW)
 

@@ -293,11 +293,6 @@ class NTPTrainer(Trainer):
             names = list(train_dataset) if isinstance(train_dataset, Mapping) else []
             classes = class_names(network.config) or getattr(source, "class_names", None)
             others = held_out(self.eval_dataset, names, head.out_features, classes) if args.source_tolerance else None
-            if args.source_tolerance and self.is_fsdp_enabled:
-                raise ValueError(
-                    "FSDP would shard the model, and source_tolerance is judged on images between steps, on which "
-                    "ranks would wait for each other in vain; needed: source_tolerance=[]. Or leave fsdp out."
-                )
             self._guard = SourceGuard(self.model, args, source, others, self.accelerator.autocast)
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.

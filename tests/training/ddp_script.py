@@ -55,7 +55,7 @@ RUNS = {
 PATTERNS = ("layer", "global", "l1", "2:4")
 
 
-SHARDED = ("paper", "features")
+SHARDED = ("adaptive", "paper", "features")
 """Runs that can also do with shards (FSDP2), which have no room for attackers."""
 
 

@@ -140,7 +140,6 @@ def under_fsdp(monkeypatch):
     ("options", "message"),
     [
         ({}, "4 simulated attackers are whole copies of it; needed: attackers=0"),
-        ({"attackers": 0, "evaluation": Rows(seed=3)}, "source_tolerance is judged on eval_dataset"),
         ({"attackers": 0, "torch_compile": True}, "torch_compile is on; needed: one of them"),
         ({"attackers": 0, "model": tiny_resnet()}, "ResNetForImageClassification, which Accelerate cannot"),
     ],
