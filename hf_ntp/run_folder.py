@@ -59,6 +59,8 @@ def claim_run_folder(folder: str | Path, settings: Mapping[str, Any]) -> Path:
     """
     folder = Path(folder)
     record = folder / RUN_FILE
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; needed: a folder for the run. Choose another --output_dir.")
     clear_unfinished(folder)
     # Looked at in this order, and without what is being written, several processes of one run may claim it at once.
     used = folder.exists() and any(not path.name.startswith(f".{RUN_FILE}.") for path in folder.iterdir())

@@ -127,6 +127,18 @@ class RecipeArguments:
         default=None, metadata={"help": "What you allow, in words, for record, card and gating prompt."}
     )
 
+    def __post_init__(self) -> None:
+        """Find out at once what would end the run after hours.
+
+        Raises:
+            ValueError: For a number or a word that cannot be.
+        """
+        for name, least in (("pretrain_steps", 1), ("attack_steps", 1), ("augment_shift", 0), ("jobs", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} is {value}; needed: at least {least}.")
+        if not self.license.strip():
+            raise ValueError("license is empty; needed: a licence id of the Hub, such as 'mit', or 'other'.")
+
 
 class BaseModel(NamedTuple):
     """The model before protection."""
@@ -199,8 +211,24 @@ def parse(argv: list[str], kind: type[Arguments], description: str) -> tuple[Arg
     for action in parser._actions:
         if action.nargs == "+" and defaults.get(action.dest) is not None:
             defaults[action.dest] = _as_given(parser, action, defaults[action.dest])
+    for action in parser._actions:
+        # Defaults are taken as they are.
+        if (
+            action.choices
+            and (given_word := defaults.get(action.dest)) is not None
+            and given_word not in action.choices
+        ):
+            parser.error(
+                f"the configuration file has {action.dest}: {given_word}; needed: one of "
+                f"{', '.join(map(str, action.choices))}"
+            )
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in known})
-    recipe, config = parser.parse_args_into_dataclasses(argv)
+    recipe, config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; see --help for the options")
+    for name in ("image_processor", "model_revision"):
+        if recipe.model_name_or_path is None and getattr(recipe, name) is not None:
+            parser.error(f"--{name} is given without --model_name_or_path; the small model has its own")
     if getattr(config, "adapter", None) is not None:
         parser.error(
             "--adapter is for Python: recipes load models without one. Give a PeftModel to NTPTrainer, or merge the "

@@ -130,6 +130,7 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
     from transformers import SchedulerType, Trainer, get_scheduler
     from transformers.integrations import get_reporting_integration_callbacks
 
+    from hf_ntp.data import check_target
     from hf_ntp.models import find_head, with_head
     from hf_ntp.models.adapters import with_adapter
     from hf_ntp.training.checks import check_fit, matches_features
@@ -144,6 +145,8 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
     network = with_head(network, config.head_name, config.encoder_name)
     if not matches_features(network, config):
         check_task(network, find_head(network, config.head_name)[1])
+        for name, parts in domains.source.items():
+            check_target(parts["validation"]["label"], f"the validation split of the source {name!r}")
     check_fit(network, config, sum(len(parts["train"]) for parts in domains.source.values()), len(targets))
     chosen_weights(network, config, config.head_name)
     Trainer.get_optimizer_cls_and_kwargs(config, network)

@@ -125,7 +125,9 @@ def parse(argv: list[str]) -> AttackArguments:
 
     types: Any = AttackArguments
     parser = HfArgumentParser(types, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    (arguments,) = parser.parse_args_into_dataclasses(argv)
+    arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; see --help for the options")
     if arguments.controls and arguments.unprotected is None:
         parser.error("--controls needs --unprotected: the controls are pruned copies of it")
     return arguments

@@ -144,6 +144,8 @@ def test_another_run_does_not_mix_in(finished, recipe):
         recipe.main(["--output_dir", str(run), *QUICK, "--rho", "0.3"])
     with pytest.raises(ValueError, match=r"is not empty and holds no run\.json"):
         recipe.main(["--output_dir", str(run / "protected"), *QUICK])
+    with pytest.raises(ValueError, match=r"results\.json is a file; needed: a folder"):
+        recipe.main(["--output_dir", str(run / "protected" / "results.json"), *QUICK])
 
 
 def test_an_interrupted_run_continues_to_the_same_result(finished, recipe, tmp_path, monkeypatch):
@@ -248,7 +250,13 @@ def test_several_domains_a_third_and_no_access(recipe, tmp_path):
         (["--attack_seeds", "0", "0"], ValueError, "each of them once"),
         (["--sparsity", "1.5"], ValueError, "sparsity is 1.5"),
         (["--rho", "-1"], ValueError, "rho is -1.0"),
-        (["--attack_steps", "0"], ValueError, "steps >= 1"),
+        (["--attack_steps", "0"], ValueError, "attack_steps is 0; needed: at least 1"),
+        (["--pretrain_steps", "0"], ValueError, "pretrain_steps is 0"),
+        (["--augment_shift", "-1"], ValueError, "augment_shift is -1"),
+        (["--jobs", "0"], ValueError, "jobs is 0"),
+        (["--license", ""], ValueError, "license is empty"),
+        (["--max_steps", "0"], ValueError, "max_steps is 0"),
+        (["--per_device_train_batch_size", "0"], ValueError, "per_device_train_batch_size is 0"),
         (["--owner_fraction", "1"], ValueError, "owner_fraction is 1"),
         (["--target_dataset", "nobody/nothing"], (ConnectionError, FileNotFoundError), "nobody/nothing"),
         (["--target_dataset", "./missing"], FileNotFoundError, "missing"),
@@ -411,8 +419,9 @@ def test_two_processes(tmp_path):
 
 
 def test_unknown_options_are_errors(recipe, tmp_path, capsys):
-    with pytest.raises(ValueError, match="--sparcity"):
+    with pytest.raises(SystemExit):
         recipe.main(["--output_dir", str(tmp_path / "run"), "--sparcity", "0.5"])
+    assert "unrecognized arguments: --sparcity 0.5" in capsys.readouterr().err
     config = tmp_path / "bad.yaml"
     config.write_text("sparcity: 0.5\n")
     with pytest.raises(SystemExit):
@@ -439,6 +448,7 @@ def test_lists_in_the_file_are_read_as_on_the_command_line(recipe, tmp_path, cap
         "sample_sizes: [few]": "sample_sizes: \\['few'\\]",
         "a: [": "cannot be read",
         "- a": "holds a list; needed",
+        "preset: papr": "preset: papr; needed: one of adaptive, adaptive_convnet",
     }.items():
         config.write_text(bad)
         with pytest.raises(SystemExit):
@@ -457,6 +467,8 @@ def test_epochs_on_the_command_line_replace_the_files_steps(recipe, tmp_path, ep
     [
         ("--push_to_hub true --hub_strategy end", "hf-ntp push OUTPUT_DIR/protected"),
         ("--adapter merge", "Give a PeftModel to NTPTrainer"),
+        ("--max_step 3", "unrecognized arguments: --max_step 3"),
+        ("--image_processor org/other", "--image_processor is given without --model_name_or_path"),
     ],
 )
 def test_what_is_not_for_recipes(recipe, tmp_path, capsys, options, said):

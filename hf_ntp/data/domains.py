@@ -83,6 +83,7 @@ def load_domain(
     for key, part in splits.items():
         num_labels = part.features["label"].num_classes
         check_labels(column_values(part, "label"), num_labels, f"{name_or_path}, split {key}")
+    _warn_of_unknown_classes(splits, name_or_path)
     if max_samples is not None:
         splits = _limited(splits, max_samples, seed)
     return _carved(splits, {"validation": validation_fraction, "test": test_fraction}, seed)
@@ -118,6 +119,8 @@ def _load_splits(
     """Load all splits of an embedded domain, a path or a Hub dataset, as they are."""
     if name not in EMBEDDED_DOMAINS and not os.path.exists(name):
         return _load_from_hub(name, config, revision, cache_dir)
+    if name not in EMBEDDED_DOMAINS:
+        name = os.path.abspath(name)  # datasets calls what it makes of a folder by its name, and "." has none
     if revision is not None:
         raise ValueError(f"revision {revision!r} is given for {name!r}; only Hub datasets have any. Drop it.")
     saved = any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
@@ -149,13 +152,15 @@ def _load_from_hub(
     name: str, config: str | None, revision: str | None, cache_dir: str | os.PathLike[str] | None
 ) -> DatasetDict:
     needed = f"needed one of {sorted(EMBEDDED_DOMAINS)}, an existing path, or a dataset id on the Hub"
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"found no file or folder {name!r}; {needed}. Check the path.")
     try:
         return datasets.load_dataset(
             name, config, revision=revision, cache_dir=str(cache_dir) if cache_dir is not None else None
         )
-    except datasets.exceptions.DatasetNotFoundError as error:
+    except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
+        if isinstance(error, ValueError) and "Couldn't find cache" not in str(error):
+            raise
         raise FileNotFoundError(
             f"found no dataset {name!r} on the Hub ({error}); {needed}. "
             "Check the name and the revision; for a gated or private dataset, log in with `hf auth login`."
@@ -269,6 +274,21 @@ def _class_values(dataset: Dataset, split: str) -> list[str] | list[int]:
         check_labels(labels, feature.num_classes, f"split {split}")
         return list(feature.int2str(labels))
     return labels
+
+
+def _warn_of_unknown_classes(splits: DatasetDict, name: str | os.PathLike[str]) -> None:
+    known = set(column_values(splits["train"], "label"))
+    for key, part in splits.items():
+        if missing := sorted(set(column_values(part, "label")) - known):
+            names = ", ".join(part.features["label"].int2str(missing[:6]))
+            logger.warning(
+                "%s: split %s has %d class(es) that train has not (%s): nobody can learn them, and every accuracy "
+                "counts them as wrong.",
+                name,
+                key,
+                len(missing),
+                names,
+            )
 
 
 def _limited(splits: DatasetDict, max_samples: int, seed: int) -> DatasetDict:

@@ -401,9 +401,9 @@ def live_weights(
         weights: Prunable weights, as :func:`prunable_weights` gives them.
         batches: "pixel_values" and "labels", if any; a few hundred images are enough. Gradients are left empty.
     """
-    model.eval()
     model.zero_grad(set_to_none=True)
     for batch in batches:
+        model.train().eval()  # LeViT keeps in evaluation what it has computed, with its graph, until it is trained
         logits = model(pixel_values=batch["pixel_values"].to(model.device)).logits
         labels = batch.get("labels")
         (logits.sum() if labels is None else functional.cross_entropy(logits, labels.to(model.device))).backward()

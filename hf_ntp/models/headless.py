@@ -294,11 +294,12 @@ class EncoderWithHead(PreTrainedModel):
         finally:
             for parameter, was in zip(parameters.values(), trained, strict=True):
                 parameter.requires_grad_(was)
+            # By way of training: LeViT keeps in evaluation what it has computed, with its graph.
+            self.encoder.train().train(training)
         # Names of what has no part in the features.
         self.unused = {name for name, gradient in zip(parameters, used, strict=True) if gradient is None}
         for name in self.unused:
             parameters[name].requires_grad_(False)
-        self.encoder.train(training)
         return features.shape[1]
 
     def _encode(self, images: Tensor, output_hidden_states: bool) -> tuple[Tensor, Any]:

@@ -180,6 +180,28 @@ def check_same_classes(parts: Mapping[str, Dataset], class_names: Sequence[str] 
         )
 
 
+def check_evaluated(data: Any, name: str, num_classes: int, class_names: Sequence[str] | None) -> None:
+    """Check that the labels of images can be compared with the answers of a head.
+
+    Of images that are prepared: other datasets would be read for it.
+
+    Args:
+        data: Images.
+        name: What errors call them.
+        num_classes: Classes of the head.
+        class_names: Their names, where they are known.
+
+    Raises:
+        ValueError: If labels are none of the head's, or its classes come in another order.
+    """
+    if getattr(data, "labels", None) is None:
+        return
+    check_labels(data.labels, num_classes, name)
+    found = getattr(data, "class_names", None)
+    if class_names and found and list(found) != list(class_names) and sorted(found) == sorted(class_names):
+        check_same_classes({name: data}, class_names)
+
+
 def classifies(model: PreTrainedModel, head: nn.Linear) -> bool:
     """Whether the outputs of a head are classes, one per image."""
     return getattr(model.config, "problem_type", None) not in _OTHER_TASKS and head.out_features > 1
@@ -234,6 +256,8 @@ def target_domains(
         return {NEIGHBOURHOOD: Neighbourhood(base, seed)}
     _check_one_split(data, "target_dataset")
     domains = data if isinstance(data, Mapping) else {"target": data}
+    if not domains:
+        raise ValueError("target_dataset is an empty mapping; needed: at least one unauthorized domain by name.")
     if access == "labelled":
         return {name: as_pixels(part, image_processor, f"target {name!r}") for name, part in domains.items()}
     images = {name: as_pixels(part, image_processor, f"target {name!r}", False) for name, part in domains.items()}

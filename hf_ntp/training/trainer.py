@@ -62,7 +62,16 @@ from .checkpoint import RunState, check_settings, last_checkpoint, load_state, l
 from .checks import check_apart, check_call, check_fit, check_sizes, frozen_layers, matches_features
 from .config import NTPConfig
 from .distributed import check_processes, choose_units
-from .domains import Joined, check_task, classifies, held_out, shares_of, source_domain, target_domains
+from .domains import (
+    Joined,
+    check_evaluated,
+    check_task,
+    classifies,
+    held_out,
+    shares_of,
+    source_domain,
+    target_domains,
+)
 from .guard import FeatureGuard, Guard, ReconstructionGuard, SourceGuard
 from .objective import TargetBatch, target_terms
 from .paired_data import (
@@ -235,6 +244,11 @@ class NTPTrainer(Trainer):
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
         check_sizes(source, targets)
         evaluated = evaluation_data(eval_dataset, processing_class, labelled=not self._headless)
+        self._classes = head.out_features if has_classes else 0
+        if has_classes:
+            several = isinstance(evaluated, dict)
+            for name, part in evaluated.items() if several else [("eval_dataset", evaluated)]:
+                check_evaluated(part, name, self._classes, class_names(network.config))
         judged = not self._matches_features and args.source_tolerance
         check_apart(source, targets, evaluated if judged else None)
         if not self._headless:
@@ -642,7 +656,10 @@ class NTPTrainer(Trainer):
         processor: Any = self.processing_class
         if isinstance(data, PairedDataset):  # the training set, whose authorized rows are what can be evaluated
             data = data.source
-        return as_pixels(data, processor, name, labelled=labelled and not self._headless)
+        data = as_pixels(data, processor, name, labelled=labelled and not self._headless)
+        if self._classes and labelled:
+            check_evaluated(data, name, self._classes, class_names(self.model.config))
+        return data
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return self.paired_sampler

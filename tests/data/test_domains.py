@@ -147,6 +147,20 @@ def test_image_folder(tmp_path):
     assert len(dataset_fingerprint(domain["train"])) == 64
 
 
+def test_a_folder_without_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(image_folder(tmp_path / "pets"))
+    assert load_domain(".", cache_dir=tmp_path / "prepared")["train"].features["label"].names == list(CATS)
+    with pytest.raises(FileNotFoundError, match="found no file or folder ''"):
+        load_domain("")
+
+
+def test_a_class_that_is_not_trained_on_is_said(tmp_path, caplog):
+    parts = {"train": rows(30), "test": rows(30, (*CATS, "lion", "lynx"), 30)}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "digits")
+    load_domain(str(tmp_path / "digits"))
+    assert "split test has 2 class(es) that train has not (lion, lynx): nobody can learn them" in caplog.text
+
+
 def test_image_folder_with_splits(tmp_path):
     image_folder(tmp_path / "pets" / "train")
     image_folder(tmp_path / "pets" / "test")
@@ -324,6 +338,13 @@ def test_unknown_hub_dataset(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", not_found)
     with pytest.raises(FileNotFoundError, match=r"found no dataset 'nobody/nothing' .*hf auth login"):
         load_domain("nobody/nothing")
+
+    def not_kept(*_, **__):
+        raise ValueError("Couldn't find cache for nothing")
+
+    monkeypatch.setattr(datasets, "load_dataset", not_kept)
+    with pytest.raises(FileNotFoundError, match="found no dataset 'nothing'"):
+        load_domain("nothing")
 
 
 def test_hub_arguments_are_passed_on(monkeypatch, tmp_path):

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -5,6 +7,7 @@ from torch.nn import functional as F
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
 from hf_ntp.models import (
+    EncoderWithHead,
     batch_norms,
     blocks_of,
     check_precision,
@@ -23,6 +26,7 @@ from hf_ntp.models import (
     zero_fraction,
 )
 
+from ..architectures import SIZE, build
 from ..conftest import tiny_resnet, tiny_vit
 
 
@@ -198,6 +202,15 @@ def test_a_batch_of_parts_is_normalised_part_by_part():
     for (name, mine), (_, theirs) in zip(one.named_parameters(), apart.named_parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
     assert not any("forward" in vars(module) for module in one.modules())
+
+
+def test_what_levit_keeps_in_evaluation():
+    """Its position biases, with their graph: for the next backward pass, and for who copies the model."""
+    model, images = build("LeViT").eval(), torch.zeros(2, 3, SIZE, SIZE)
+    live_weights(model, prunable_weights(model), 2 * [{"pixel_values": images}])
+    encoder = build("LeViT").levit.eval()
+    copy.deepcopy(EncoderWithHead(encoder))
+    assert not encoder.training
 
 
 def test_live_weights_by_hand():

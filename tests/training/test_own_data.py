@@ -69,6 +69,28 @@ def test_evaluation_and_prediction_take_images(tmp_path):
     assert ours.predict(unlabelled.add_column("image_id", ids)).label_ids is None
 
 
+def test_classes_in_another_order_are_not_evaluated(tmp_path):
+    """Nor labels that the head has no output for; a stranger's classes are what somebody may want to see."""
+    names = list("abcd")
+    model = tiny_vit(4)
+    model.config.id2label = dict(enumerate(names))
+    named = {order: images([0, 1, 2, 3]).cast_column("label", datasets.ClassLabel(names=list(order))) for order in
+             ("abcd", "dcba", "wxyz")}  # fmt: skip
+    ours = with_images(tmp_path, named["abcd"], model=model)
+    for reads in (ours.evaluate, ours.predict):
+        reads(named["abcd"])
+        reads(named["wxyz"])
+        with pytest.raises(ValueError, match=r"different classes .*align_labels_with_mapping"):
+            reads(named["dcba"])
+        with pytest.raises(ValueError, match=r"label 4 .*from 0 to 3"):
+            reads(images([0, 4]))
+    for bad in (named["dcba"], images([0, 4])):
+        with pytest.raises(ValueError, match="elsewhere"):
+            with_images(tmp_path, named["abcd"], {"elsewhere": bad}, model)
+    with pytest.raises(ValueError, match="target_dataset is an empty mapping"):
+        trainer(tmp_path, target={})
+
+
 def test_images_on_both_sides(tmp_path, caplog):
     source = images([0, 1, 2, 3] * 3)
     with_images(tmp_path, source, images([0, 1, 2, 3]))
