@@ -57,14 +57,13 @@ class Guard:
         args: Device, batch size, seed and processes.
         source: Training images.
         autocast: Gives the context of a forward pass.
+        held_out: Images to look at instead of those of the training.
     """
 
     option: ClassVar[str]
     """Name of the option that holds the tolerance."""
     remedy = "Lower the sparsity"
     """What helps first where the tolerance is exceeded all the time."""
-    held_out: Dataset | None = None
-    """Images that it looks at, where those are not the training images."""
 
     def __init__(
         self,
@@ -72,9 +71,11 @@ class Guard:
         args: NTPConfig,
         source: Dataset,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        held_out: Dataset | None = None,
     ) -> None:
-        self.tolerance = tolerance
-        self._args, self._source, self._autocast = args, source, autocast
+        self.tolerance, self.held_out = tolerance, held_out
+        self._args, self._autocast = args, autocast
+        self._judged = source if held_out is None else held_out
         self.excess = torch.zeros((), device=args.device)
 
     def terms(
@@ -192,11 +193,9 @@ class SourceGuard(Guard):
         held_out: Dataset | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        super().__init__(args.source_tolerance, args, source, autocast)
+        super().__init__(args.source_tolerance, args, source, autocast, held_out)
         needed = args.source_distillation or args.source_tolerance
         self.original = _frozen_copy(model, args.device) if needed else None
-        self.held_out = held_out
-        self._judged = source if held_out is None else held_out
         if held_out is None:
             self.remedy = "An original that has memorised those images makes this likely: pass others as eval_dataset"
 
@@ -308,8 +307,8 @@ class FeatureGuard(Guard):
     def _worse(self, model: PreTrainedModel, step: int) -> tuple[Tensor, float]:
         args = self._args
         # As many on every rank: their features are put together.
-        rows = self._rows(length_of(self._source), step, args.per_device_train_batch_size * args.world_size)
-        images = collate(fetch_rows(self._source, rows))["pixel_values"].to(args.device)
+        rows = self._rows(length_of(self._judged), step, args.per_device_train_batch_size * args.world_size)
+        images = collate(fetch_rows(self._judged, rows))["pixel_values"].to(args.device)
         return self._excess(model, images, step), _FEATURE_SHARE
 
     def _excess(self, model: PreTrainedModel, images: Tensor, step: int) -> Tensor:

@@ -168,7 +168,7 @@ class NTPTrainer(Trainer):
         eval_dataset: Authorized data for evaluation, as Trainer takes it; without a head, the loss is the distance of
             the features from the original's. With a head, ``source_tolerance`` is judged on it: pass images that the
             original was not trained on, and not those of the test. Of several by name, those count that are named
-            like an authorized domain (of a dict ``train_dataset``); without any, or with a stream, training batches
+            like an authorized domain (of a dict ``train_dataset``); without any, or with a stream, training images
             have to do.
         processing_class: Image processor (PIL backend); needed where a dataset holds images.
         compute_metrics: As in Trainer (which has other arguments that are left out here, such as ``data_collator``:
