@@ -119,8 +119,8 @@ def _sign_options(parser: ArgumentParser) -> None:
 def _password(private_key: str) -> str | None:
     """Password of a key that is encrypted: not from the command line, which others see and shells remember."""
     try:
-        encrypted = "ENCRYPTED" in Path(private_key).read_text(encoding="ascii")
-    except (OSError, ValueError):
+        encrypted = b"ENCRYPTED" in Path(private_key).read_bytes()
+    except OSError:
         return None  # who signs will say what is wrong with it
     if not encrypted:
         return None

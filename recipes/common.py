@@ -133,10 +133,10 @@ class RecipeArguments:
         Raises:
             ValueError: For a number or a word that cannot be.
         """
-        for name, least in (("pretrain_steps", 1), ("attack_steps", 1), ("augment_shift", 0), ("jobs", 1)):
+        for name, least in (("attack_steps", 1), ("augment_shift", 0), ("jobs", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} is {value}; needed: at least {least}.")
-        if not self.license.strip():
+        if not str(self.license or "").strip():
             raise ValueError("license is empty; needed: a licence id of the Hub, such as 'mit', or 'other'.")
 
 
@@ -212,16 +212,17 @@ def parse(argv: list[str], kind: type[Arguments], description: str) -> tuple[Arg
         if action.nargs == "+" and defaults.get(action.dest) is not None:
             defaults[action.dest] = _as_given(parser, action, defaults[action.dest])
     for action in parser._actions:
-        # Defaults are taken as they are.
-        if (
-            action.choices
-            and (given_word := defaults.get(action.dest)) is not None
-            and given_word not in action.choices
-        ):
-            parser.error(
-                f"the configuration file has {action.dest}: {given_word}; needed: one of "
-                f"{', '.join(map(str, action.choices))}"
-            )
+        # The parser takes defaults as they are.
+        value = defaults.get(action.dest)
+        if action.choices and value is False and "no" in action.choices:
+            defaults[action.dest] = "no"  # what YAML takes for False
+        elif action.choices and value is not None and value not in action.choices:
+            words = ", ".join(map(str, action.choices))
+            parser.error(f"the configuration file has {action.dest}: {value}; needed: one of {words}")
+        if action.type is int and isinstance(value, float):
+            if not value.is_integer():
+                parser.error(f"the configuration file has {action.dest}: {value}; needed: an integer")
+            defaults[action.dest] = int(value)
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in known})
     recipe, config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
@@ -373,6 +374,8 @@ def run(
     model, processor, rate, commit = base_model(
         recipe, config, next(iter(loaded.source.values()))["train"].features["label"].names
     )
+    if rate is not None and recipe.pretrain_steps < 1:
+        raise ValueError(f"pretrain_steps is {recipe.pretrain_steps}; needed: at least 1.")
     if names := class_names(model.config):
         loaded = loaded._replace(source=domains.in_order_of(names, loaded.source))
     domains.check_options(config, model, loaded)

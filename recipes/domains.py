@@ -145,7 +145,7 @@ def check_options(config: NTPConfig, model: PreTrainedModel, domains: Domains) -
     network = with_head(network, config.head_name, config.encoder_name)
     if not matches_features(network, config):
         check_task(network, find_head(network, config.head_name)[1])
-        for name, parts in domains.source.items():
+        for name, parts in domains.source.items() if config.source_tolerance else ():
             check_target(parts["validation"]["label"], f"the validation split of the source {name!r}")
     check_fit(network, config, sum(len(parts["train"]) for parts in domains.source.values()), len(targets))
     chosen_weights(network, config, config.head_name)

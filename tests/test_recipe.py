@@ -444,10 +444,14 @@ def test_lists_in_the_file_are_read_as_on_the_command_line(recipe, tmp_path, cap
     arguments, ntp = recipe.parse(["--config", str(config)])
     assert (arguments.attack_learning_rates, arguments.attack_seeds) == ([1e-3, 3e-3], [3])
     assert (ntp.attacker_learning_rates, ntp.source_tolerance) == ([1e-4, 1e-3], [])
+    config.write_text(f"output_dir: {tmp_path}\nreport_to: none\neval_strategy: no\nmax_steps: 1.0e+3\n")
+    _, ntp = recipe.parse(["--config", str(config)])
+    assert (ntp.eval_strategy, ntp.max_steps) == ("no", 1000)
     for bad, message in {
         "sample_sizes: [few]": "sample_sizes: \\['few'\\]",
         "a: [": "cannot be read",
         "- a": "holds a list; needed",
+        "pretrain_steps: 0.5": "pretrain_steps: 0.5; needed: an integer",
         "preset: papr": "preset: papr; needed: one of adaptive, adaptive_convnet",
     }.items():
         config.write_text(bad)

@@ -83,9 +83,9 @@ def load_domain(
     for key, part in splits.items():
         num_labels = part.features["label"].num_classes
         check_labels(column_values(part, "label"), num_labels, f"{name_or_path}, split {key}")
-    _warn_of_unknown_classes(splits, name_or_path)
     if max_samples is not None:
         splits = _limited(splits, max_samples, seed)
+    _warn_of_unknown_classes(splits, name_or_path)
     return _carved(splits, {"validation": validation_fraction, "test": test_fraction}, seed)
 
 
@@ -282,8 +282,8 @@ def _warn_of_unknown_classes(splits: DatasetDict, name: str | os.PathLike[str]) 
         if missing := sorted(set(column_values(part, "label")) - known):
             names = ", ".join(part.features["label"].int2str(missing[:6]))
             logger.warning(
-                "%s: split %s has %d class(es) that train has not (%s): nobody can learn them, and every accuracy "
-                "counts them as wrong.",
+                "%s: split %s has %d class(es) that train has not (%s): who is trained on it cannot know them, and is "
+                "wrong there.",
                 name,
                 key,
                 len(missing),

@@ -12,6 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from .columns import Content, column_values
+from .images import NO_LABEL
 
 
 class PixelValues(Dataset):
@@ -30,6 +31,11 @@ class PixelValues(Dataset):
         if "labels" in data.features:
             self.labels = column_values(data, "labels")
             self.class_names = getattr(data.features["labels"], "names", None)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every row has a label."""
+        return hasattr(self, "labels") and not {None, NO_LABEL}.intersection(self.labels)
 
     @cached_property
     def contents(self) -> frozenset[Content]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -103,8 +104,9 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
                 f"train_sampling_strategy is {self.train_sampling_strategy!r}; needed: 'random'. Images of several "
                 "domains are paired in an order of their own, and which ones an attacker gets depends on it."
             )
-        if not isinstance(self.max_steps, int) or self.max_steps == 0:
+        if not isinstance(self.max_steps, Integral) or self.max_steps == 0:
             raise ValueError(f"max_steps is {self.max_steps}; needed: a positive integer, or -1 for num_train_epochs.")
+        self.max_steps = int(self.max_steps)
         for option in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{option} is {getattr(self, option)}; needed: at least 1.")

@@ -12,7 +12,16 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..data import Content, Neighbourhood, check_labels, contents_of, fetch_rows, fingerprint_of
+from ..data import (
+    Content,
+    Neighbourhood,
+    PixelDataset,
+    PixelValues,
+    check_labels,
+    contents_of,
+    fetch_rows,
+    fingerprint_of,
+)
 from .paired_data import ImageData, as_pixels, check_images, labels_of, length_of
 
 logger = logging.getLogger(__name__)
@@ -183,7 +192,7 @@ def check_same_classes(parts: Mapping[str, Dataset], class_names: Sequence[str] 
 def check_evaluated(data: Any, name: str, num_classes: int, class_names: Sequence[str] | None) -> None:
     """Check that the labels of images can be compared with the answers of a head.
 
-    Of images that are prepared: other datasets would be read for it.
+    Of labelled images that are prepared: other datasets would be read for it.
 
     Args:
         data: Images.
@@ -194,10 +203,13 @@ def check_evaluated(data: Any, name: str, num_classes: int, class_names: Sequenc
     Raises:
         ValueError: If labels are none of the head's, or its classes come in another order.
     """
-    if getattr(data, "labels", None) is None:
+    if isinstance(data, Joined):
+        for part in data.parts.values():
+            check_evaluated(part, name, num_classes, class_names)
+    if not isinstance(data, (PixelDataset, PixelValues)) or not data.labelled:
         return
     check_labels(data.labels, num_classes, name)
-    found = getattr(data, "class_names", None)
+    found = data.class_names
     if class_names and found and list(found) != list(class_names) and sorted(found) == sorted(class_names):
         check_same_classes({name: data}, class_names)
 

@@ -43,7 +43,7 @@ _LOSS_OF_NOTE = 0.02
 _NO_CLASS = -1
 """Label that no prediction equals."""
 _LOOK_EVERY = 8
-"""Optimizer steps between two looks at authorized images."""
+"""Optimizer steps between two looks: at held-out images, each costs the passes of as many training steps."""
 
 
 class Guard:
@@ -103,7 +103,7 @@ class Guard:
             model: The model under protection, unwrapped.
             step: Number of optimizer steps taken, which alone decides what is looked at.
         """
-        if not self.tolerance or step % _LOOK_EVERY:
+        if not self.tolerance or (step % _LOOK_EVERY and step != 1):
             return
         training = model.training
         model.eval()
@@ -247,7 +247,10 @@ class SourceGuard(Guard):
     def _worse(self, model: PreTrainedModel, step: int) -> tuple[Tensor, float]:
         assert self.original is not None
         args, size = self._args, length_of(self._judged)
-        count = min(size, _LOOK_EVERY * args.per_device_train_batch_size * args.world_size)
+        images_of_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seen = _LOOK_EVERY * images_of_a_step
+        # Reading images of the training again takes time from the training, and there is hardly an error to count.
+        count = min(size, images_of_a_step if self.held_out is None else seen)
         rows = self._rows(size, step, count)
         own = len(rows)
         # As many passes on every rank, or under FSDP some would wait in vain: where others have one image more, one
@@ -258,7 +261,7 @@ class SourceGuard(Guard):
             labels[max(own, 0) :] = _NO_CLASS
             own -= len(labels)
             lost += _lost(self.original(pixel_values=images).logits, model(pixel_values=images).logits, labels)
-        return average(lost) * args.world_size / count, min(1.0, count / _WINDOW)
+        return average(lost) * args.world_size / count, min(1.0, min(size, seen) / _WINDOW)
 
     def _batches(self, rows: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixel values [N, 3, H, W] and labels [N] of rows, as many at a time as a training batch has."""

@@ -244,11 +244,11 @@ class NTPTrainer(Trainer):
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
         check_sizes(source, targets)
         evaluated = evaluation_data(eval_dataset, processing_class, labelled=not self._headless)
-        self._classes = head.out_features if has_classes else 0
-        if has_classes:
-            several = isinstance(evaluated, dict)
-            for name, part in evaluated.items() if several else [("eval_dataset", evaluated)]:
-                check_evaluated(part, name, self._classes, class_names(network.config))
+        self._names = class_names(network.config) or getattr(source, "class_names", None)
+        if not self._matches_features:
+            parts = evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}
+            for name, part in parts.items():
+                check_evaluated(part, name, head.out_features, self._names)
         judged = not self._matches_features and args.source_tolerance
         check_apart(source, targets, evaluated if judged else None)
         if not self._headless:
@@ -305,8 +305,9 @@ class NTPTrainer(Trainer):
             self._guard = kind(self.model, args, source, self.accelerator.autocast)
         else:
             names = list(train_dataset) if isinstance(train_dataset, Mapping) else []
-            classes = class_names(network.config) or getattr(source, "class_names", None)
-            others = held_out(self.eval_dataset, names, head.out_features, classes) if args.source_tolerance else None
+            others = (
+                held_out(self.eval_dataset, names, head.out_features, self._names) if args.source_tolerance else None
+            )
             self._guard = SourceGuard(self.model, args, source, others, self.accelerator.autocast)
         self._lengths = [(weight, weight.detach().norm()) for weight in scale_free_weights(self.model).values()]
         # What has no part in the features of an encoder may be missing in its checkpoint, and random.
@@ -657,8 +658,8 @@ class NTPTrainer(Trainer):
         if isinstance(data, PairedDataset):  # the training set, whose authorized rows are what can be evaluated
             data = data.source
         data = as_pixels(data, processor, name, labelled=labelled and not self._headless)
-        if self._classes and labelled:
-            check_evaluated(data, name, self._classes, class_names(self.model.config))
+        if not self._matches_features:
+            check_evaluated(data, name, self._head.out_features, self._names)
         return data
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:

@@ -80,8 +80,9 @@ def test_training_images_where_no_others_are_held_out():
     data, model = Seen(size=40), tiny_vit(dropout=0.5).train()
     learn(model, data)
     ours = SourceGuard(model, config(), data)
-    for step in (8, 16):
+    for step in (1, 2, 8, 16, 24):
         ours.look(model, step)
+    assert len(data.asked) == 4 * 32
     assert sorted(set(data.asked)) == list(range(40))
     assert float(ours.excess) == 0
     unlimited = SourceGuard(model, config(source_tolerance=[]), Seen(size=40))

@@ -69,6 +69,16 @@ def test_evaluation_and_prediction_take_images(tmp_path):
     assert ours.predict(unlabelled.add_column("image_id", ids)).label_ids is None
 
 
+class Named(Rows):
+    """An attribute that is called labels has the names of the classes."""
+
+    def __getitem__(self, index):
+        self.labels = torch.arange(100) % 3
+        row = super().__getitem__(index)
+        self.labels = ["cat"]
+        return row
+
+
 def test_classes_in_another_order_are_not_evaluated(tmp_path):
     """Nor labels that the head has no output for; a stranger's classes are what somebody may want to see."""
     names = list("abcd")
@@ -84,6 +94,19 @@ def test_classes_in_another_order_are_not_evaluated(tmp_path):
             reads(named["dcba"])
         with pytest.raises(ValueError, match=r"label 4 .*from 0 to 3"):
             reads(images([0, 4]))
+    pixel_values = named["dcba"].map(
+        lambda row: {"pixel_values": PROCESSOR(row["image"])["pixel_values"][0]}, remove_columns="image"
+    )
+    with pytest.raises(ValueError, match="different classes"):
+        ours.predict(pixel_values)
+    ours.predict(pixel_values.remove_columns("label"))
+    ours.predict(PixelDataset.from_dataset(images([0, 4]), PROCESSOR, labelled=False))
+    ours.evaluate(Named())
+    # Labels are not looked at.
+    features = trainer(tmp_path / "features", tiny_vit(3), source=Rows(), source_loss="features")
+    features.evaluate(PixelDataset.from_dataset(images([0, 1]), PROCESSOR))
+    trainer(tmp_path / "more", tiny_vit(3), evaluation=PixelDataset.from_dataset(images([3, 4]), PROCESSOR),
+            source_loss="features")  # fmt: skip
     for bad in (named["dcba"], images([0, 4])):
         with pytest.raises(ValueError, match="elsewhere"):
             with_images(tmp_path, named["abcd"], {"elsewhere": bad}, model)
