@@ -124,8 +124,14 @@ def _password(private_key: str) -> str | None:
         return None  # who signs will say what is wrong with it
     if not encrypted:
         return None
-    given = os.environ.get(_PASSWORD)
-    return getpass(f"Password of {private_key}: ") if given is None and sys.stdin.isatty() else given
+    if (given := os.environ.get(_PASSWORD)) is not None:
+        return given
+    if not sys.stdin.isatty():
+        raise ValueError(
+            f"{private_key} is encrypted and {_PASSWORD} is not set; needed: its password. Set it, or sign in a "
+            "terminal, where it is asked for."
+        )
+    return getpass(f"Password of {private_key}: ")
 
 
 def _sign(options: Namespace) -> dict[str, Any]:

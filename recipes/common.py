@@ -136,7 +136,8 @@ class RecipeArguments:
         for name, least in (("attack_steps", 1), ("augment_shift", 0), ("jobs", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} is {value}; needed: at least {least}.")
-        if not str(self.license or "").strip():
+        self.license = str(self.license or "").strip()  # YAML takes some words for others
+        if not self.license:
             raise ValueError("license is empty; needed: a licence id of the Hub, such as 'mit', or 'other'.")
 
 
@@ -209,24 +210,10 @@ def parse(argv: list[str], kind: type[Arguments], description: str) -> tuple[Arg
             "the domains of your model, or give the demo's by name"
         )
     for action in parser._actions:
-        if action.nargs == "+" and defaults.get(action.dest) is not None:
+        if defaults.get(action.dest) is not None:
             defaults[action.dest] = _as_given(parser, action, defaults[action.dest])
-    for action in parser._actions:
-        # The parser takes defaults as they are.
-        value = defaults.get(action.dest)
-        if action.choices and value is False and "no" in action.choices:
-            defaults[action.dest] = "no"  # what YAML takes for False
-        elif action.choices and value is not None and value not in action.choices:
-            words = ", ".join(map(str, action.choices))
-            parser.error(f"the configuration file has {action.dest}: {value}; needed: one of {words}")
-        if action.type is int and isinstance(value, float):
-            if not value.is_integer():
-                parser.error(f"the configuration file has {action.dest}: {value}; needed: an integer")
-            defaults[action.dest] = int(value)
     parser.set_defaults(**{key: value for key, value in defaults.items() if key in known})
-    recipe, config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}; see --help for the options")
+    recipe, config = read_options(parser, argv)
     for name in ("image_processor", "model_revision"):
         if recipe.model_name_or_path is None and getattr(recipe, name) is not None:
             parser.error(f"--{name} is given without --model_name_or_path; the small model has its own")
@@ -243,6 +230,14 @@ def parse(argv: list[str], kind: type[Arguments], description: str) -> tuple[Arg
     return recipe, config
 
 
+def read_options(parser: HfArgumentParser, argv: list[str]) -> list[Any]:
+    """Read a command line into the parser's dataclasses; an option that nobody knows ends the program."""
+    *found, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; see --help for the options")
+    return found
+
+
 def _read_defaults(parser: ArgumentParser, path: str) -> dict[str, Any]:
     """Read a configuration file; what is none ends the program."""
     try:
@@ -254,9 +249,20 @@ def _read_defaults(parser: ArgumentParser, path: str) -> dict[str, Any]:
     return defaults
 
 
-def _as_given(parser: ArgumentParser, action: Any, value: Any) -> list[Any]:
-    """Read a list of the configuration file as if it stood on the command line: YAML takes 1e-3 for text."""
-    try:
+def _as_given(parser: ArgumentParser, action: Any, value: Any) -> Any:
+    """Read a value of the configuration file as if it stood on the command line: the parser takes it as it is."""
+    if action.nargs != "+":
+        if action.choices and value is False and "no" in action.choices:
+            return "no"  # what YAML takes for False
+        if action.choices and value not in action.choices:
+            words = ", ".join(map(str, action.choices))
+            parser.error(f"the configuration file has {action.dest}: {value}; needed: one of {words}")
+        if action.type is int and isinstance(value, float):
+            if not value.is_integer():
+                parser.error(f"the configuration file has {action.dest}: {value}; needed: an integer")
+            return int(value)
+        return value
+    try:  # YAML takes 1e-3 for text
         values = value if isinstance(value, list) else [value]
         return [action.type(each) if isinstance(each, str) else each for each in values]
     except (TypeError, ValueError) as error:

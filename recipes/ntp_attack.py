@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_ntp.recipes.common import HelpFormatter, fit_protocol
+from hf_ntp.recipes.common import HelpFormatter, fit_protocol, read_options
 
 from hf_ntp.interruption import unwind_on_sigterm
 
@@ -125,9 +125,7 @@ def parse(argv: list[str]) -> AttackArguments:
 
     types: Any = AttackArguments
     parser = HfArgumentParser(types, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}; see --help for the options")
+    (arguments,) = read_options(parser, argv)
     if arguments.controls and arguments.unprotected is None:
         parser.error("--controls needs --unprotected: the controls are pruned copies of it")
     return arguments

@@ -117,9 +117,9 @@ def _load_splits(
     name: str, config: str | None, revision: str | None, cache_dir: str | os.PathLike[str] | None
 ) -> DatasetDict:
     """Load all splits of an embedded domain, a path or a Hub dataset, as they are."""
-    if name not in EMBEDDED_DOMAINS and not os.path.exists(name):
-        return _load_from_hub(name, config, revision, cache_dir)
     if name not in EMBEDDED_DOMAINS:
+        if not os.path.exists(name):
+            return _load_from_hub(name, config, revision, cache_dir)
         name = os.path.abspath(name)  # datasets calls what it makes of a folder by its name, and "." has none
     if revision is not None:
         raise ValueError(f"revision {revision!r} is given for {name!r}; only Hub datasets have any. Drop it.")

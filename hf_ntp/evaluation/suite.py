@@ -18,7 +18,6 @@ from .runner import AttackData, LearningCurves, load_start, sample_wise_learning
 from .summary import retained_share, summarize
 
 _REFERENCE = "dense"
-_ALIGN = "align_labels_with_mapping(model.config.label2id, 'label') brings them into the head's order"
 DIVERGED = (
     "the fit diverged at every value of its grid at some size and seed: no measurement, and no sign of "
     "protection. Lower the learning rates"
@@ -155,11 +154,16 @@ def _unsuitable(arm: Arm, attacks: Sequence[str], data: AttackData) -> dict[str,
 
 def _other_classes(model: PreTrainedModel, data: AttackData) -> str | None:
     """Say so where the target has other classes than the head, or the same in another order."""
-    names, wanted = class_names(model.config), data.train.class_names
-    if not names or not wanted or list(names) == list(wanted):
+    return _other_names(class_names(model.config), data.train.class_names, "the target's")
+
+
+def _other_names(names: Sequence[str] | None, others: Sequence[str] | None, whose: str) -> str | None:
+    if not names or not others or list(names) == list(others):
         return None
-    found = f"the head's classes are {', '.join(names[:6])}, the target's {', '.join(wanted[:6])}"
-    return f"{found}: {_ALIGN}" if sorted(names) == sorted(wanted) else found
+    found = f"the head's classes are {', '.join(names[:6])}, {whose} {', '.join(others[:6])}"
+    if sorted(names) == sorted(others):
+        found += ": align_labels_with_mapping(model.config.label2id, 'label') brings them into the head's order"
+    return found
 
 
 def _other_source(model: PreTrainedModel, data: AttackData) -> str | None:
@@ -170,11 +174,8 @@ def _other_source(model: PreTrainedModel, data: AttackData) -> str | None:
         largest = data.source.labels.max()
         return f"authorized images have labels up to {largest}, the head {model.config.num_labels} classes"
     names, found = class_names(model.config), data.source.class_names
-    if names and found and list(names) != list(found) and sorted(names) == sorted(found):
-        return (
-            f"the head's classes are {', '.join(names[:6])}, the authorized images' {', '.join(found[:6])}: {_ALIGN}"
-        )
-    return None
+    same = sorted(names or ()) == sorted(found or ())  # others may be theirs in another spelling
+    return _other_names(names, found, "the authorized images'") if same else None
 
 
 def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTuneProtocol) -> dict[str, Any]:

@@ -228,9 +228,7 @@ def _check_private_key(path: str | Path, password: bytes | None) -> None:
         key = load_pem_private_key(data, password)
     except TypeError as error:
         if password is None:
-            raise _wrong_key(
-                path, "an encrypted key without a password", "its password= (on the command line, HF_NTP_KEY_PASSWORD)"
-            ) from error
+            raise _wrong_key(path, "an encrypted key without a password", "its password=") from error
         raise _wrong_key(path, "a key that is not encrypted and a password", "no password") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise _wrong_key(path, f"PEM that cannot be read ({error})", "an intact key and its password") from error

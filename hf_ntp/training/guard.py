@@ -56,8 +56,8 @@ class Guard:
         tolerance: Limit at the first and at the last step; empty for none, and no look.
         args: Device, batch size, seed and processes.
         source: Training images.
-        autocast: Gives the context of a forward pass.
         held_out: Images to look at instead of those of the training.
+        autocast: Gives the context of a forward pass.
     """
 
     option: ClassVar[str]
@@ -70,8 +70,8 @@ class Guard:
         tolerance: Sequence[float],
         args: NTPConfig,
         source: Dataset,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         held_out: Dataset | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.tolerance, self.held_out = tolerance, held_out
         self._args, self._autocast = args, autocast
@@ -151,7 +151,7 @@ class Guard:
                 last,
             )
 
-    def share(self, progress: float) -> Tensor | float:
+    def share(self, progress: float) -> Tensor:
         """Share of its weight that everything aimed at the target may have, in [0, 1].
 
         It falls from 1 to 0 as the excess rises from the tolerance to twice the tolerance. The tolerance itself falls
@@ -161,7 +161,7 @@ class Guard:
             progress: Share of all steps that is done.
         """
         if not self.tolerance:
-            return 1.0
+            return torch.ones_like(self.excess)
         first, last = self.tolerance
         return (2 - self.excess / (first * (last / first) ** progress)).clamp(0, 1)
 
@@ -193,7 +193,7 @@ class SourceGuard(Guard):
         held_out: Dataset | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        super().__init__(args.source_tolerance, args, source, autocast, held_out)
+        super().__init__(args.source_tolerance, args, source, held_out, autocast)
         needed = args.source_distillation or args.source_tolerance
         self.original = _frozen_copy(model, args.device) if needed else None
         if held_out is None:
@@ -295,7 +295,7 @@ class FeatureGuard(Guard):
         source: Dataset,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        super().__init__(args.feature_tolerance, args, source, autocast)
+        super().__init__(args.feature_tolerance, args, source, autocast=autocast)
         self.original = _frozen_copy(model, args.device)
         self._head = find_head(self.original, args.head_name)[1]
         self._norms = batch_norms(self.original)

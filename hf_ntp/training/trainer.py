@@ -340,7 +340,7 @@ class NTPTrainer(Trainer):
         loss, terms = self._guard.terms(self.model, inputs, logits, features, self.state.global_step)
         strength = self._strength()
         if targets or self._pool is not None:
-            terms["target_strength"] = strength if isinstance(strength, Tensor) else loss.new_full((), strength)
+            terms["target_strength"] = strength
         if targets:
             target_loss, of_targets = target_terms(targets, tokens, self.heads, self.args, self._target_shares)
             terms |= of_targets
@@ -385,7 +385,7 @@ class NTPTrainer(Trainer):
             outputs = model(pixel_values=images, output_hidden_states=inside)
         return outputs.logits, (features[-1], *(stage_tokens(outputs.hidden_states, self._blocks) if inside else ()))
 
-    def _strength(self) -> Tensor | float:
+    def _strength(self) -> Tensor:
         """Share of its weight that everything aimed at the target has at this step: warm-up times guard."""
         steps = self.args.target_warmup * self.state.max_steps
         warmup = min(1.0, (self.state.global_step + 1) / steps) if steps > 1 else 1.0

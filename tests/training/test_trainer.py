@@ -272,9 +272,9 @@ def test_evaluation_is_trainers_own(tmp_path):
     check_evaluation(ours, Rows(size=10, seed=5))
 
 
-def check_evaluation(ours, data, **given):
-    """Accuracy and cross-entropy are those of the logits."""
-    metrics = ours.evaluate(**given) if given else ours.evaluate(data)
+def check_evaluation(ours, data, given=None):
+    """Accuracy and cross-entropy are those of the logits; ``given`` holds the same rows in another form."""
+    metrics = ours.evaluate(given or data)
     with torch.no_grad():
         logits = ours.model.eval()(data.images).logits
     assert metrics["eval_accuracy"] == pytest.approx(float((logits.argmax(-1) == data.labels).float().mean()))
@@ -785,7 +785,7 @@ def test_few_rows_give_attackers_as_many_images_as_asked_for(tmp_path):
 
 def test_the_training_set_can_be_evaluated(tmp_path):
     ours = trainer(tmp_path, max_steps=2)
-    check_evaluation(ours, Rows(), eval_dataset=ours.train_dataset)
+    check_evaluation(ours, Rows(), ours.train_dataset)
 
 
 def test_accuracy_where_hidden_states_come_along(tmp_path):
