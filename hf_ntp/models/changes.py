@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from .encoder import batch_norms, blocks_of, layers_with_weights, noted_prunable_weights
+from .batch_norm import batch_norms
+from .encoder import blocks_of, layers_with_weights, noted_prunable_weights
 from .headless import EncoderWithHead
 
 # Half of the old weights and half of fresh ones (Ash & Adams, 2020, "shrink and perturb").

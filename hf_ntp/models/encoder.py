@@ -6,16 +6,13 @@ Rules instead of a table of architectures; a model that the rules do not fit get
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .sharding import whole
@@ -279,30 +276,6 @@ def stage_tokens(hidden_states: Sequence[Tensor] | None, blocks: int = 0) -> tup
     return tuple(state.flatten(2).mT if state.dim() == 4 else state for state in states)
 
 
-def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """Layers that normalise with the statistics of a batch in training."""
-    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether any layer keeps running statistics of its batches."""
-    return bool(batch_norms(model))
-
-
-def scale_free_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Convolution weights without bias that BatchNorm follows, by name: their length changes nothing in the output.
-
-    By rule: the layer and the norm come one after the other among the children of one module.
-    """
-    found = {}
-    for name, module in model.named_modules():
-        children = list(module.named_children())
-        for (child, layer), (_, after) in pairwise(children):
-            if isinstance(layer, nn.Conv2d) and layer.bias is None and isinstance(after, _BatchNorm):
-                found[f"{name}.{child}.weight".lstrip(".")] = layer.weight
-    return found
-
-
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Let no gradient reach the parameters of a module."""
@@ -313,69 +286,6 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_()
-
-
-@contextmanager
-def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
-    """Normalise with batch statistics as in training, but leave the running statistics as they are.
-
-    Unauthorized data must not leak into the statistics that the published model uses in eval mode.
-    """
-    tracking = [norm for norm in batch_norms(model) if norm.track_running_stats]
-    for module in tracking:
-        module.track_running_stats = False
-    try:
-        yield
-    finally:
-        for module in tracking:
-            module.track_running_stats = True
-
-
-@contextmanager
-def fixed_batch_norms(model: nn.Module) -> Iterator[None]:
-    """Normalise with the running statistics, as in evaluation, and leave them as they are."""
-    training = [norm for norm in batch_norms(model) if norm.training]
-    for norm in training:
-        norm.eval()
-    try:
-        yield
-    finally:
-        for norm in training:
-            norm.train()
-
-
-@contextmanager
-def separate_batch_norms(norms: Sequence[_BatchNorm], sizes: Sequence[int]) -> Iterator[None]:
-    """Let BatchNorm normalise the parts of a batch each by itself; only the first moves the running statistics.
-
-    One pass over several domains is then what a pass per domain would be, the later ones with statistics that stay as
-    they are.
-
-    Args:
-        norms: Layers of a model (:func:`batch_norms`) that takes batches of ``sum(sizes)`` images inside the block.
-        sizes: Images of every part, in order.
-    """
-    norms = norms if len(sizes) > 1 else ()
-
-    def apart(norm: _BatchNorm, forward: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        # Tokens may have been put in the place of images, those of an image one after another.
-        each = len(batch) // sum(sizes)
-        first, *others = batch.split([each * size for size in sizes])
-        normalised = [forward(first)]
-        # As in frozen_batch_norm_statistics, which would search for layers once per norm and step.
-        tracks, norm.track_running_stats = norm.track_running_stats, False
-        try:
-            return torch.cat([*normalised, *map(forward, others)])
-        finally:
-            norm.track_running_stats = tracks
-
-    for norm in norms:
-        vars(norm)["forward"] = partial(apart, norm, norm.forward)
-    try:
-        yield
-    finally:
-        for norm in norms:
-            del vars(norm)["forward"]
 
 
 class LiveWeights(NamedTuple):

@@ -44,7 +44,9 @@ from ..models import (
     frozen,
     has_head,
     hub_id,
+    interleaved,
     load_model,
+    parts_of,
     plain_model,
     recorded_features,
     scale_free_weights,
@@ -364,11 +366,10 @@ class NTPTrainer(Trainer):
         source, targets = inputs["pixel_values"], inputs["targets"]
         labels = {name: target["labels"] for name, target in targets.items()}
         images = [source, *(target["pixel_values"] for target in targets.values())]
-        sizes = [len(part) for part in images]
-        with separate_batch_norms(self._batch_norms, sizes):
-            logits, together = self._encode(model, torch.cat(images))
-        split = [level.split(sizes) for level in together]
-        logits, ((kept, *tokens), *levels) = logits[: len(source)], list(zip(*split, strict=True))
+        with separate_batch_norms(self._batch_norms, len(source), len(images)):
+            logits, together = self._encode(model, interleaved(images))
+        split = [parts_of(level, len(images)) for level in together]
+        logits, ((kept, *tokens), *levels) = parts_of(logits, len(images))[0], list(zip(*split, strict=True))
         targets = zip(labels, levels, strict=True)
         return (
             logits,

@@ -16,7 +16,9 @@ from hf_ntp.models import (
     frozen_batch_norm_statistics,
     has_batch_norm,
     heads_of,
+    interleaved,
     live_weights,
+    parts_of,
     prunable_weights,
     recorded_features,
     replace_head,
@@ -145,11 +147,11 @@ def test_two_heads():
 
 def test_batch_norm_of_tokens_in_the_place_of_images():
     norm = torch.nn.BatchNorm1d(2)
-    tokens = torch.randn(12, 2) + torch.arange(12)[:, None]
-    with separate_batch_norms([norm], [1, 2]):  # four tokens each
-        apart = norm(tokens)
-    expected = torch.cat([torch.nn.BatchNorm1d(2)(part) for part in (tokens[:4], tokens[4:])])
-    assert torch.allclose(apart, expected, atol=1e-6)
+    tokens = torch.randn(24, 2) + torch.arange(24)[:, None]
+    with separate_batch_norms([norm], 3, 2):  # four tokens each
+        apart = norm(tokens).view(3, 2, 4, 2)
+    for part, mine in zip(tokens.view(3, 2, 4, 2).unbind(1), apart.unbind(1), strict=True):
+        torch.testing.assert_close(mine.flatten(0, 1), torch.nn.BatchNorm1d(2)(part.flatten(0, 1)))
 
 
 def test_stage_tokens_of_a_model_that_gives_none():
@@ -184,17 +186,21 @@ def test_fixed_batch_norms_are_those_of_evaluation():
     torch.testing.assert_close(fixed, model.eval()(images).logits)
 
 
-def test_a_batch_of_parts_is_normalised_part_by_part():
+@pytest.mark.parametrize("kind", ["one call", "part by part", "fixed"])
+def test_a_batch_of_parts_is_normalised_part_by_part(kind):
     """As passes of their own would do, of which the first alone moves the running statistics."""
     one, apart = tiny_resnet().train(), tiny_resnet().train()
     apart.load_state_dict(one.state_dict())
-    parts = [torch.randn(4, 3, 8, 8), 5 + torch.randn(6, 3, 8, 8), 3 * torch.randn(2, 3, 8, 8)]
-    with separate_batch_norms(batch_norms(one), [4, 6, 2]):
-        together = one(torch.cat(parts)).logits
+    for norm in (*batch_norms(one), *batch_norms(apart)):
+        norm.momentum = None if kind == "part by part" else 0.1  # None: a cumulative average
+        norm.train(kind != "fixed")
+    parts = [torch.randn(4, 3, 8, 8), 5 + torch.randn(4, 3, 8, 8), 3 * torch.randn(4, 3, 8, 8)]
+    with separate_batch_norms(batch_norms(one), 4, 3):
+        together = one(interleaved(parts)).logits
     logits = [apart(parts[0]).logits]
     with frozen_batch_norm_statistics(apart):
         logits += [apart(part).logits for part in parts[1:]]
-    torch.testing.assert_close(together, torch.cat(logits))
+    torch.testing.assert_close(parts_of(together, 3), tuple(logits))
     for (name, mine), (_, theirs) in zip(one.named_buffers(), apart.named_buffers(), strict=True):
         torch.testing.assert_close(mine, theirs, msg=name)
     together.square().sum().backward()
@@ -202,6 +208,16 @@ def test_a_batch_of_parts_is_normalised_part_by_part():
     for (name, mine), (_, theirs) in zip(one.named_parameters(), apart.named_parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
     assert not any("forward" in vars(module) for module in one.modules())
+
+
+def test_batch_norm_without_scale_and_shift_and_in_another_layout():
+    norm = torch.nn.BatchNorm2d(3, affine=False)
+    parts = [torch.randn(4, 3, 2, 2), 5 + torch.randn(4, 3, 2, 2)]
+    expected = tuple(map(torch.nn.BatchNorm2d(3, affine=False), parts))
+    with separate_batch_norms([norm], 4, 2):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            found = norm(interleaved(parts).to(memory_format=layout))
+            torch.testing.assert_close(parts_of(found, 2), expected)
 
 
 def test_what_levit_keeps_in_evaluation():
