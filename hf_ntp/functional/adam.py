@@ -24,17 +24,28 @@ def adam_step_(
     Args:
         parameters: What moves.
         gradients: One per parameter.
-        first: Running means of the gradients; begin with 0.
-        second: Running means of their squares; begin with 0.
+        first: Running means of the gradients, laid out in memory as the parameters; begin with 0.
+        second: Those of their squares.
         step: Number of this step, from 1.
         rate: Learning rate.
         betas: How much of the running means stays at every step.
     """
-    beta1, beta2 = betas
-    torch._foreach_lerp_(first, gradients, 1 - beta1)
-    torch._foreach_mul_(second, beta2)
-    torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-    scale = torch._foreach_sqrt(second)
-    torch._foreach_div_(scale, (1 - beta2**step) ** 0.5)
-    torch._foreach_add_(scale, _EPSILON)
-    torch._foreach_addcdiv_(parameters, first, scale, -rate / (1 - beta1**step))
+    # The kernel goes through memory without a look at strides.
+    pairs = zip(parameters, gradients, strict=True)
+    gradients = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in pairs]
+    steps = [torch.full((), float(step), device=parameters[0].device)] * len(parameters)
+    torch._fused_adam_(
+        parameters,
+        gradients,
+        first,
+        second,
+        [],
+        steps,
+        lr=rate,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=0.0,
+        eps=_EPSILON,
+        amsgrad=False,
+        maximize=False,
+    )

@@ -99,9 +99,9 @@ def separate_batch_norms(norms: Sequence[_BatchNorm], images: int, parts: int) -
 
 
 def _apart(norm: _BatchNorm, forward: Callable[[Tensor], Tensor], images: int, parts: int, batch: Tensor) -> Tensor:
-    plain = type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats and norm.momentum is not None
-    if plain and len(batch) == images * parts and batch.is_contiguous():
-        return _side_by_side(norm, parts, batch)
+    plain = type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats
+    if plain and norm.momentum is not None and len(batch) == images * parts and batch.is_contiguous():
+        return _side_by_side(norm, norm.momentum, parts, batch)
     # Tokens may have been put in the place of images, those of an image one after another.
     first, *others = (part.flatten(0, 1) for part in batch.unflatten(0, (images, parts, -1)).unbind(1))
     normalised = [forward(first)]
@@ -114,7 +114,7 @@ def _apart(norm: _BatchNorm, forward: Callable[[Tensor], Tensor], images: int, p
     return torch.stack([part.unflatten(0, (images, -1)) for part in normalised], 1).flatten(0, 2)
 
 
-def _side_by_side(norm: nn.BatchNorm2d, parts: int, batch: Tensor) -> Tensor:
+def _side_by_side(norm: _BatchNorm, momentum: float, parts: int, batch: Tensor) -> Tensor:
     """One call for all parts, which costs what one for the whole batch does, and no copy of it.
 
     As the images of the parts alternate, the channels of a row of them lie one after another in memory: to BatchNorm,
@@ -126,7 +126,7 @@ def _side_by_side(norm: nn.BatchNorm2d, parts: int, batch: Tensor) -> Tensor:
     mean, variance = norm.running_mean.repeat(parts), norm.running_var.repeat(parts)
     scale, shift = (None if each is None else each.repeat(parts) for each in (norm.weight, norm.bias))
     rows = batch.unflatten(0, (-1, parts)).flatten(1, 2)
-    rows = functional.batch_norm(rows, mean, variance, scale, shift, True, norm.momentum, norm.eps)
+    rows = functional.batch_norm(rows, mean, variance, scale, shift, True, momentum, norm.eps)
     norm.running_mean.copy_(mean[: norm.num_features])
     norm.running_var.copy_(variance[: norm.num_features])
     norm.num_batches_tracked.add_(1)
