@@ -76,7 +76,7 @@ def _report_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--attacks",
         help="results.json of `hf-ntp evaluate` on this model, to be added; it replaces one on the same domain, and "
-        "has to have its attacks. Controls and a third domain stay in that file",
+        "has to have its attacks. Controls and a third domain are not published",
     )
     parser.add_argument("--repo_id", help="what the card says to load; default what it says already")
     parser.add_argument("--license", help="licence id; default what the record says already")

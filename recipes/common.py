@@ -310,11 +310,11 @@ def save(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor) ->
 
 def _warn_of_ignored(recipe: RecipeArguments, folder: Path) -> None:
     """Say so where a finished folder has not the licence, terms or name of a repository that were asked for."""
-    from hf_ntp.publishing.card import card_repo_id
+    from hf_ntp.publishing.card import card_repo_ids
     from hf_ntp.publishing.record import read_record
 
     terms = read_record(folder)["terms"]
-    has = {"repo_id": card_repo_id(folder), "license": terms["license"], "terms": terms["text"]}
+    has = {"repo_id": next(iter(card_repo_ids(folder)), None), "license": terms["license"], "terms": terms["text"]}
     unused = {"repo_id": None, "license": RecipeArguments.license, "terms": None}
     wanted = {key: getattr(recipe, key) for key in has if getattr(recipe, key) not in (unused[key], has[key])}
     if wanted:

@@ -98,7 +98,7 @@ def test_python_examples(blocks, few_images, tmp_path, monkeypatch):
     other = replace(measured, images=measured.images | {"attacker": seen})
     with pytest.raises(ValueError, match="the protection has seen the images that were measured with as attacker"):
         hf_ntp.write_folder(trainer, folder, "ORG/NAME", *space["domains"], measured=other)
-    others = frozenset([Content("0" * 64, "1" * 64)])
+    others = frozenset([Content("0" * 64, "1" * 64, b"")])
     other = replace(measured, images=measured.images | {"test": others, "source": others})
     with pytest.raises(ValueError, match=r"than the references name \(targets: test, source: test\)"):
         hf_ntp.write_folder(trainer, folder, "ORG/NAME", *space["domains"], measured=other)

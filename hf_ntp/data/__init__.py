@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from .augmentation import RandomShift, RandomView
-from .columns import MOST_CLASSES, Content, check_labels, check_target, dataset_fingerprint, find_columns, has_labels
+from .columns import (
+    MOST_CLASSES,
+    Content,
+    check_labels,
+    check_target,
+    dataset_fingerprint,
+    find_columns,
+    has_labels,
+    shared_images,
+)
 from .digits import mnist, optdigits
 from .domains import EMBEDDED_DOMAINS, load_domain
 from .images import PixelDataset, check_pixels, preprocess, to_rgb
@@ -39,6 +48,7 @@ __all__ = [
     "nested_subsets",
     "optdigits",
     "preprocess",
+    "shared_images",
     "split_owner_attacker",
     "stratified_pieces",
     "syn",

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset
 
-from .columns import Content, column_values
+from .columns import Content, column_values, short_digest
 from .images import NO_LABEL
 
 
@@ -40,12 +40,15 @@ class PixelValues(Dataset):
     @cached_property
     def contents(self) -> frozenset[Content]:
         """What images and labels are; reads all of them, so not before somebody asks."""
-        images = hashlib.sha256(f"{len(self)}\n".encode())
+        images, each = hashlib.sha256(f"{len(self)}\n".encode()), bytearray()
         for batch in self._rows.select_columns("pixel_values").with_format("numpy").iter(batch_size=100):
             for image in batch["pixel_values"]:  # one by one: they may be of different sizes, which others refuse
-                images.update(np.ascontiguousarray(image).data)
+                pixels = np.ascontiguousarray(image).data
+                images.update(pixels)
+                each += short_digest(pixels)
         labels = repr(self.labels).encode() if hasattr(self, "labels") else b""
-        return frozenset({Content(hashlib.sha256(images.digest() + labels).hexdigest(), images.hexdigest())})
+        labelled = hashlib.sha256(images.digest() + labels).hexdigest()
+        return frozenset({Content(labelled, images.hexdigest(), bytes(each))})
 
     @property
     def fingerprint(self) -> str:

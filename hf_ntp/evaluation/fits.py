@@ -126,7 +126,7 @@ class Describer:
         if arm.random_init and arm.attack.needs_source:  # trained on the source, a head of its classes
             weights = {"classes": len(self._config(arm).get("id2label") or ())}
         # The patterns decide what a mask is, the names where things are; the rest of the note changes nothing.
-        telling = ("prune_include", "prune_exclude", "head_name", "encoder_name")
+        telling = ("head_name", "encoder_name", *(() if arm.random_init else ("prune_include", "prune_exclude")))
         patterns = {key: value for key, value in notes.items() if key in telling}
         return {
             "config": self.architecture(arm),

@@ -86,8 +86,9 @@ class AttackData:
 
     @property
     def num_labels(self) -> int:
-        """Classes of the target."""
-        return int(max(part.labels.max() for part in (self.train, self.validation, self.test))) + 1
+        """Classes of the target: those that have names, also where there is no image of the last ones."""
+        named = len(self.train.class_names or ())
+        return max(named, int(max(part.labels.max() for part in (self.train, self.validation, self.test))) + 1)
 
 
 class Accuracies(NamedTuple):
@@ -247,11 +248,15 @@ def sample_wise_learning_curves(
 
 
 def _next_values(attack: Attack, protocol: FineTuneProtocol, extension: int, known: Sequence[float]) -> list[float]:
-    """Values to try: first the grid, then what extends it while the highest of the ``known``, best first, is best."""
-    grid = sorted(attack.grid(protocol.extended(extension)))
+    """Values to try: first the grid, then what extends it while the best of the ``known``, the first, is its highest.
+
+    A seed that tunes again knows a value far above the grid, of the first seed: it skips none on the way there.
+    """
+    grid = [value for value in sorted(attack.grid(protocol.extended(extension))) if value not in known]
     if extension == 0:
-        return [value for value in grid if value not in known]
-    return [value for value in grid if value > known[0]] if known[0] == max(known) else []
+        return grid
+    before = attack.grid(protocol.extended(extension - 1))
+    return [value for value in grid if value > known[0]] if known[0] >= max(before) else []
 
 
 def _rank(validation: float) -> float:

@@ -79,10 +79,10 @@ def run_attacks(
         begins with authorized images), "starts" (start to attack to "accuracies" [seeds][sizes], "tuned"
         [seeds][sizes] and areas in three units with intervals), "retained_transfer" (start to attack to share, null
         where the unprotected model was worth less than 0.01), "worst_case" (start to "attack", the one with the
-        largest area, its "slc_auc", and "retained_transfer": that area over the largest one of the unprotected model,
-        an attacker who tries the same on both) and "not_run" (start to attack to reason). Where a tuned value is the
-        first or last of its grid with all extensions, "at_edge" of the attack counts the points of the curve, all
-        seeds together.
+        largest area, its "slc_auc", and "retained_transfer": that area over the largest one of the unprotected model
+        to who has authorized images, too, or has none, either) and "not_run" (start to attack to reason). Where a
+        tuned value is the first or last of its grid with all extensions, "at_edge" of the attack counts the points of
+        the curve, all seeds together.
 
     Raises:
         ValueError: For unknown attacks or starts that miss "protected".
@@ -205,7 +205,15 @@ def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTunePr
         start: {name: area for name, area in found.items() if start != "unprotected" or name in counterparts}
         for start, found in areas.items()
     }
-    best = max(compared.get("unprotected", {}).values(), default=float("nan"))
+
+    def share(name: str, area: float) -> float | None:
+        # Authorized images are worth something by themselves: who has them is compared with who has them.
+        same = ATTACKS[name].needs_source
+        among = {
+            other: of for other, of in compared.get("unprotected", {}).items() if ATTACKS[other].needs_source == same
+        }
+        return retained_share(area, max(among.values(), default=unprotected.get(_REFERENCE, float("nan"))))
+
     worst = {start: max(found, key=found.__getitem__) for start, found in compared.items()}
     return {
         "scratch": scratch,
@@ -223,7 +231,7 @@ def _summaries(arms: Sequence[Arm], curves: LearningCurves, protocol: FineTunePr
             start: {
                 "attack": name,
                 "slc_auc": areas[start][name],
-                "retained_transfer": retained_share(areas[start][name], best),
+                "retained_transfer": share(name, areas[start][name]),
             }
             for start, name in worst.items()
         },

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -72,6 +72,11 @@ def compress_into(folder: str | Path, out: Path) -> None:
     config = _read_config(folder)
     if method := config.get("quantization_config"):
         raise ValueError(f"{folder} is quantized already ({method}); needed: a model saved with plain weights.")
+    if other := config.get("transformers_weights"):
+        raise ValueError(
+            f"{CONFIG_NAME} of {folder} names {other!r} as the weights; needed: those under the usual names, which "
+            "are compressed. Load the model and save it anew."
+        )
     if others := sorted({path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern)}):
         raise ValueError(
             f"{folder} holds {others} besides {SAFE_WEIGHTS_NAME}; needed: no other weights, which would load in "
@@ -116,7 +121,8 @@ def expand_into(folder: str | Path, out: Path) -> None:
     """Do what :func:`expand_folder` does, to fill an empty folder that has no name yet."""
     folder = Path(folder)
     config = _read_config(folder)
-    if (config.pop("quantization_config", None) or {}).get("quant_method") != QUANT_METHOD:
+    storage = config.pop("quantization_config", None)
+    if not isinstance(storage, dict) or storage.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{folder} is no compressed model; needed: a folder that compress_folder wrote.")
     tensors = read_bitmask_file(folder / SPARSE_FILE)
     _copy_others(folder, out, {SPARSE_FILE})
@@ -218,7 +224,9 @@ def free_folder(folder: Path | str, out: Path | str) -> Path:
     Raises:
         ValueError: If it is taken, or inside ``folder``.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out = Path(folder), Path(out).absolute()
+    if Path.cwd().is_relative_to(out):
+        raise ValueError(f"out is {out}, which holds the working directory; needed: a new folder, or one inside it.")
     if out.resolve().is_relative_to(folder.resolve()) or (out.exists() and (out.is_file() or any(out.iterdir()))):
         raise ValueError(f"out is {out}, taken or inside {folder}; needed: a new or empty folder elsewhere.")
     return out
@@ -227,7 +235,14 @@ def free_folder(folder: Path | str, out: Path | str) -> Path:
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}; needed: a folder that save_pretrained wrote.")
-    return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    return _read_object(folder / CONFIG_NAME)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; needed: the file as save_pretrained wrote it.")
+    return content
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -246,8 +261,10 @@ def _shards(folder: Path) -> list[Path]:
             f"{folder} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; needed: a model saved with "
             "save_pretrained. Load older formats once and save them anew."
         )
-    names: Iterable[str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / Path(name).name for name in sorted(set(names))]
+    places = _read_object(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise ValueError(f"{index} has no weight_map; needed: the file as save_pretrained wrote it.")
+    return [folder / Path(name).name for name in sorted(set(map(str, places.values())))]
 
 
 def _copy_others(folder: Path, out: Path, leave: Collection[str]) -> None:

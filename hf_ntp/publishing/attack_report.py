@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .wording import interval, markdown_table, percent
+from .wording import interval, markdown_table, percent, plain
 
 _BROKEN, _HELD, _UNPROTECTED = "#d1495b", "#00798c", "#9a9a9a"
 
@@ -104,6 +104,6 @@ def plot_attacks(results: Mapping[str, Any], path: str | Path, title: str = "") 
         "filled: protected, with 95 % interval over attack seeds · hollow: unprotected · right: retained transfer",
         fontsize=8.5,
     )
-    axes.set_title(title or "What the checkpoint is worth to each attacker", fontsize=10)
+    axes.set_title(plain(title) or "What the checkpoint is worth to each attacker", fontsize=10)
     axes.grid(alpha=0.25, axis="x")
     figure.savefig(path)

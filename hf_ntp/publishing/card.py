@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from .wording import domain_names, interval, percent
 
@@ -113,13 +117,21 @@ def card_data(record: Mapping[str, Any], name: str) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="image-classification" if _classifies(record) else "image-feature-extraction",
         base_model=record["base_model"]["name"],
-        datasets=[domain["dataset"] for domain in every if "/" in domain["dataset"]] or None,
+        datasets=[domain["dataset"] for domain in every if _on_the_hub(domain["dataset"])] or None,
         tags=["non-transferable-pruning", "hf_ntp"],
         # The Hub wants results with a model name, and no name without results.
         model_name=name if evaluations else None,
         eval_results=evaluations or None,
         extra_gated_prompt=record["terms"]["text"],
     )
+
+
+def _on_the_hub(dataset: str) -> bool:
+    """Whether a name may be that of a dataset of somebody on the Hub, and is no path on the owner's machine."""
+    with suppress(HFValidationError):
+        validate_repo_id(dataset)
+        return "/" in dataset and not dataset.startswith(".")
+    return False
 
 
 def _result(domain: Mapping[str, Any], metric: str, label: str, value: float) -> EvalResult:
@@ -135,14 +147,17 @@ def _result(domain: Mapping[str, Any], metric: str, label: str, value: float) ->
     )
 
 
-def card_repo_id(folder: str | Path) -> str | None:
-    """What the card in a folder tells users to pass to ``from_pretrained``; None where it does not say."""
+def card_repo_ids(folder: str | Path) -> list[str]:
+    """What the card in a folder tells users to pass to ``from_pretrained``, in order; empty where it does not say."""
     try:
         card = (Path(folder) / CARD_FILE).read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError):
-        return None
-    found = re.search(r"from_pretrained\(\"([^\"]+)\"\)", card)
-    return found[1] if found else None
+    except FileNotFoundError:
+        return []
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{Path(folder) / CARD_FILE} is no text in UTF-8 ({error}); needed: that. Save it anew."
+        ) from error
+    return re.findall(r"from_pretrained\(\"([^\"]+)\"\)", card)
 
 
 def compressed_card(card: str) -> str:
@@ -160,6 +175,7 @@ def render_card(
     repo_id: str = NO_REPO,
     figures: Mapping[str, str] | None = None,
     compressed: bool = False,
+    processed: bool = True,
 ) -> ModelCard:
     """Render the card of a protected model.
 
@@ -168,6 +184,7 @@ def render_card(
         repo_id: What users pass to ``from_pretrained``.
         figures: Pictures in the folder and what they show, the learning curves first.
         compressed: Whether the weights are stored without their zeros, which transformers alone cannot read.
+        processed: Whether there is an image processor.
     """
     return ModelCard.from_template(
         card_data(record, repo_id.rpartition("/")[2]),
@@ -176,6 +193,7 @@ def render_card(
         auto_class="AutoModelForImageClassification" if _classifies(record) else "AutoModel",
         repo_id=repo_id,
         loading=_COMPRESSED if compressed else _DENSE,
+        processed=processed,
         figures=list((figures or {}).items()),
         authorized=domain_names(record["authorized_domains"]),
         unauthorized=domain_names(record["unauthorized_domains"]),
@@ -192,7 +210,10 @@ def render_card(
 
 
 def _classifies(record: Mapping[str, Any]) -> bool:
-    return record["architecture"].endswith("ForImageClassification")
+    # The table has several classes for some kinds of models, as a tuple.
+    classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+    known = {name for entry in classes for name in ((entry,) if isinstance(entry, str) else entry)}
+    return record["architecture"] in known
 
 
 def _access(record: Mapping[str, Any]) -> str:

@@ -90,6 +90,10 @@ def suite_measurement(attacks: Mapping[str, Any], domain: str) -> dict[str, Any]
         domain: Name of the unauthorized domain.
     """
     protected, unprotected = attacks["starts"]["protected"], attacks["starts"].get("unprotected", {})
+    worst = attacks["worst_case"]["protected"]
+    largest = max(entry["normalized"] for entry in protected.values())
+    if worst["attack"] not in protected or not worst["slc_auc"] == protected[worst["attack"]]["normalized"] == largest:
+        raise ValueError(f"worst_case is {worst}, and the largest area of the attacks is {largest}")
     return {
         "domain": domain,
         **{key: attacks[key] for key in ("sample_sizes", "seeds", "protocol")},
@@ -102,7 +106,7 @@ def suite_measurement(attacks: Mapping[str, Any], domain: str) -> dict[str, Any]
             }
             for name, entry in protected.items()
         },
-        "worst_case": attacks["worst_case"]["protected"],
+        "worst_case": worst,
     }
 
 

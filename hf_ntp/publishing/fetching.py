@@ -105,9 +105,10 @@ def _check_download(repo_id: str, fetched: Fetched, token: str | bool | None) ->
         names = read_record(*fetched)["files"]
     except (FileNotFoundError, RecordError):
         return
-    for name in names:
-        if not (fetched.folder / name).exists():
-            with suppress(RemoteEntryNotFoundError):
+    # The first answer that there is no such file tells that the Hub can be reached.
+    with suppress(RemoteEntryNotFoundError):
+        for name in names:
+            if not (fetched.folder / name).exists():
                 hf_hub_download(repo_id, name, revision=fetched.folder.name, token=token)
 
 

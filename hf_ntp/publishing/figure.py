@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from .card import ARM_LABELS
 from .evidence import measured_sources, measured_targets
+from .wording import plain
 
 _LABELS = {"scratch": "from scratch", **ARM_LABELS}
 # Colour, line and marker.
@@ -30,7 +31,7 @@ def plot_learning_curves(results: Mapping[str, Any], path: str | Path) -> None:
         results: With "slc", "slc_auc" and the names of the domains.
         path: Where to write the picture.
     """
-    authorized = " and ".join(found["domain"] for found in measured_sources(results))
+    authorized = plain(" and ".join(found["domain"] for found in measured_sources(results)))
     forbidden = (
         f"What the checkpoint is worth on the unauthorized domain\n(authorized: {authorized}; "
         "lower is better for the owner; dashed: no checkpoint at all)"
@@ -48,7 +49,7 @@ def plot_learning_curves(results: Mapping[str, Any], path: str | Path) -> None:
 
 
 def _draw_panel(axes: Axes, title: str, found: Mapping[str, Any]) -> None:
-    sizes, domain = found["slc"]["sample_sizes"], found["target"]["domain"]
+    sizes, domain = found["slc"]["sample_sizes"], plain(found["target"]["domain"])
     for arm, accuracies in found["slc"]["curves"].items():
         _draw_curve(axes, arm, sizes, np.asarray(accuracies), found["slc_auc"].get(arm))
     axes.set_xscale("log")

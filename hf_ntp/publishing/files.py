@@ -15,6 +15,8 @@ from .errors import VerificationError, listed
 # As in authorization.schema.json: no way up, no hidden second meaning on another system.
 _NAME = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9_.-]*(/\.?[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _MAX_NAME = 255
+PROCESSOR_FILES = frozenset({"preprocessor_config.json", "processor_config.json"})
+"""One of which is there where a model comes with an image processor."""
 _MAX_ENTRIES = 10_000
 
 

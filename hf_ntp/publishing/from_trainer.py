@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import validate_repo_id
 
-from ..data import Content, DomainReference, contents_of
+from ..data import Content, DomainReference, contents_of, shared_images
 from ..evaluation.measure import Measurement, measure_sparsity
 from ..models import has_head, notes_of, plain_model
 from ..run_folder import weight_digests, whole_folder
@@ -78,6 +78,7 @@ def write_folder(
     named = {name: [str(i) for i in range(int(labels.max()) + 1)] for name, labels in trainer.target_labels.items()}
     source = source or [DomainReference(name, name, None, None, {}, classes) for name in authorized]
     targets = targets or [DomainReference(name, name, None, None, {}, labels) for name, labels in named.items()]
+    _check_names(source, targets, len(authorized), len(named))
     if measured is not None and (len(source) > 1 or len(targets) > 1):
         raise ValueError(
             f"there is a measurement of one authorized and one unauthorized domain, and {len(source)} and "
@@ -87,7 +88,7 @@ def write_folder(
     seen = frozenset[Content]().union(*map(contents_of, trainer.train_dataset.targets.values()))
     _check_sides(source, targets, contents_of(images), seen)
     if measured is not None:
-        _check_images(measured.images, source[0].fingerprint, targets[0].fingerprint, seen)
+        _check_images(measured.images, source[0].fingerprint, targets[0].fingerprint, seen, contents_of(images))
     with whole_folder(folder) as staged:
         model.save_pretrained(staged)
         if trainer.processing_class is not None:
@@ -116,6 +117,24 @@ def write_folder(
         _check_replaceable(folder, os.listdir(staged))
 
 
+def _check_names(
+    source: Sequence[DomainReference], targets: Sequence[DomainReference], authorized: int, unauthorized: int
+) -> None:
+    """Raise ``ValueError`` where references name a domain twice, or others than the protection had, by number."""
+    # Without target access, the owner alone says what is not authorized.
+    for side, references, count in (("source", source, authorized), ("targets", targets, unauthorized)):
+        if count and len(references) != count:
+            raise ValueError(
+                f"{side} names {len(references)} domains ({listed([reference.name for reference in references])}), "
+                f"and the protection was trained with {count}; needed: one DomainReference for each of them."
+            )
+    names = [reference.name for reference in (*source, *targets)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"source and targets name {listed(twice)} more than once; needed: a name of its own for every domain."
+        )
+
+
 def _check_sides(
     source: Sequence[DomainReference],
     targets: Sequence[DomainReference],
@@ -137,14 +156,17 @@ def _check_images(
     source: Mapping[str, str],
     target: Mapping[str, str],
     seen: Collection[Content],
+    trained: Collection[Content],
 ) -> None:
     """Raise ``ValueError`` where a measurement took other images than the references name, or seen ones."""
     attacker = [part for part in ("attacker", "validation", "test") if part in measured]
-    known = {content.images for content in seen}
-    if overlap := [part for part in attacker if known & {content.images for content in measured[part]}]:
+    counts = {part: shared_images(measured[part], seen) for part in attacker}
+    counts["source test"] = shared_images(measured.get("source", ()), trained)
+    if overlap := [f"{part} ({count} images)" for part, count in counts.items() if count]:
         raise ValueError(
-            f"the protection has seen the images that were measured with as {', '.join(overlap)}; needed: images that "
-            "it has not seen, or the card would promise what was not measured. Divide them with split_owner_attacker."
+            f"the protection has seen images that were measured with as {', '.join(overlap)}; needed: images that it "
+            "has not seen, or the card would promise what was not measured. Divide them with split_owner_attacker, "
+            "and leave out images that come several times."
         )
     named = [(f"targets: {part}", measured[part], target.get(part)) for part in attacker]
     named.append(("source: test", measured.get("source", ()), source.get("test")))

@@ -11,9 +11,10 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.utils import validate_repo_id
 
 from ..metrics import SLC_AUC
-from .card import card_repo_id
+from .card import card_repo_ids
 from .hub_requests import REQUEST_TIMEOUT, HubError, bounded_requests, explained
 from .record import RECORD_FILE, SIGNATURE_FILE
+from .signing import check_signed_files
 from .verify import verify_folder
 
 _GIT_ATTRIBUTES = ".gitattributes"
@@ -53,7 +54,8 @@ def push_folder(
         timeout: Seconds that a request may make no progress.
 
     Raises:
-        RecordError: If there is no record, the folder is not the one it speaks of, or the signature does not fit.
+        RecordError: If there is no record, the folder is not the one it speaks of, or the signature does not fit:
+            without a key, it is checked that it is of these files, and not whose it is.
         ValueError: If ``repo_id`` is no name, or the card's metadata is invalid or it names another repository or
             none, or the repository is public and ``private`` was not set to False.
         HubError: If the Hub cannot be reached or refuses; the branch is as it was before, unless the message says
@@ -63,10 +65,12 @@ def push_folder(
         raise ValueError(f"found gated={gated!r}; needed: 'auto', 'manual' or False")
     validate_repo_id(repo_id)
     verified = verify_folder(folder, public_key)
-    named, repo_id = card_repo_id(folder), full_repo_id(repo_id, token, timeout)
-    if named is not None and named != repo_id:
+    if public_key is None:
+        check_signed_files(folder)
+    named, repo_id = card_repo_ids(folder), full_repo_id(repo_id, token, timeout)
+    if named and repo_id not in named:
         raise ValueError(
-            f"the card in {folder} tells people to load {named!r}; needed: {repo_id!r}. Run hf-ntp report {folder} "
+            f"the card in {folder} tells people to load {named[0]!r}; needed: {repo_id!r}. Run hf-ntp report {folder} "
             f"--repo_id {repo_id} first, then sign the folder if it was signed."
         )
     names = [*verified.record["files"], RECORD_FILE]

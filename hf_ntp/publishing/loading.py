@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from .fetching import fetch_checkpoint
+from .files import PROCESSOR_FILES
 from .hub_requests import REQUEST_TIMEOUT
 from .record import RecordError, read_record
 from .verify import verify_folder
@@ -17,7 +18,6 @@ from .verify import verify_folder
 # Decided here: no code from the repository, safetensors only, and nothing but the verified folder.
 _FIXED = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
 _REFUSED = ("trust_remote_code", *_FIXED)
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class Protected(NamedTuple):
@@ -64,7 +64,14 @@ def load_protected(
     _check_arguments(verify, public_key, model_kwargs)
     folder, blobs = fetch_checkpoint(id_or_path, revision, token, timeout)
     record = verify_folder(folder, public_key, links_into=blobs).record if verify else _record_if_valid(folder, blobs)
-    return Protected(_load_model(folder, model_kwargs), _load_processor(folder), record)
+    try:
+        return Protected(_load_model(folder, model_kwargs), _load_processor(folder), record)
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        # What transformers raises for settings that it does not expect, or that do not fit the weights.
+        raise ValueError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {str(error)[:300]}); needed: a model as "
+            "save_pretrained writes it. Ask its owner, or check the arguments of from_pretrained."
+        ) from error
 
 
 def _check_arguments(verify: Any, public_key: str | Path | None, model_kwargs: dict[str, Any]) -> None:
@@ -128,6 +135,6 @@ def _model_class(folder: Path) -> type[PreTrainedModel]:
 
 
 def _load_processor(folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         return None
     return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False, local_files_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,37 @@ def validate_record(record: Any) -> None:
             f"the authorization record does not fit its schema at {place}: {error.message[:300]}. Needed: a record "
             "written by hf_ntp; write it anew with write_record."
         )
+    if contradictions := list(_contradictions(record)):
+        raise RecordError(
+            f"the authorization record contradicts itself: {listed(contradictions, 3)}. Needed: a record written by "
+            "hf_ntp; write it anew with hf-ntp report."
+        )
+
+
+def _contradictions(record: Mapping[str, Any]) -> Iterator[str]:
+    """What a record says in two places, and differently."""
+    sides = [[domain["name"] for domain in record[f"{kind}authorized_domains"]] for kind in ("", "un")]
+    names = [name for side in sides for name in side]
+    if len(set(names)) < len(names):
+        yield f"a domain of {names} is named twice"
+    accuracy = record["source_accuracy"] or {}
+    measured = [found["domain"] for found in accuracy.get("domains", [])]
+    tested = [measurement["domain"] for measurement in record["evidence"]]
+    if others := [name for name in measured if name not in sides[0]] + [n for n in tested if n not in sides[1]]:
+        yield f"measurements are of {others[0]}, which is not among the domains"
+    third = record.get("third_domain")
+    for measurement in (*record["evidence"], *([third["measurement"]] if third else [])):
+        areas = {name: found["protected"]["normalized"] for name, found in measurement["attacks"].items()}
+        worst = measurement["worst_case"]
+        if areas.get(worst["attack"]) != worst["slc_auc"] or worst["slc_auc"] != max(areas.values()):
+            yield f"{worst['attack']} is no attack on {measurement['domain']}, or not the best one"
+    sparsity = record["sparsity"]
+    layers = sparsity["layers"].values()
+    weights, zeros = (sum(layer[key] for layer in layers) for key in ("weights", "zeros"))
+    if any(layer["zeros"] > layer["weights"] for layer in layers) or weights != sparsity["prunable_weights"]:
+        yield "the layers do not have as many weights as all together"
+    elif abs(zeros - sparsity["achieved"] * weights) > 1 + 1e-6 * weights:
+        yield f"the layers have {zeros} zeros of {weights} weights, all together a share of {sparsity['achieved']}"
 
 
 def write_record(folder: str | Path, record: Mapping[str, Any]) -> None:

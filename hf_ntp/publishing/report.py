@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
@@ -16,12 +18,14 @@ from huggingface_hub.utils import validate_repo_id
 from ..data import DomainReference
 from ..evaluation.measure import SparsityReport
 from ..models.sparse_storage import SPARSE_FILE, compress_into, expand_into, free_folder
-from ..run_folder import file_digest, weight_digests, whole_file, whole_folder
+from ..run_folder import weight_digests, whole_file, whole_folder
 from .attack_report import plot_attacks
-from .card import CARD_FILE, NO_REPO, card_repo_id, compressed_card, expanded_card, render_card
+from .card import CARD_FILE, NO_REPO, card_repo_ids, compressed_card, expanded_card, render_card
+from .errors import listed
 from .evidence import not_tested, source_accuracy, standard_evidence, standard_measurement, suite_measurement
 from .figure import plot_learning_curves
-from .record import SCHEMA_VERSION, SIGNATURE_FILE, encode_record, read_record, write_record
+from .files import PROCESSOR_FILES
+from .record import SCHEMA_VERSION, SIGNATURE_FILE, encode_record, file_digests, read_record, write_record
 from .results import RESULTS_FILE, read_results
 from .strict_json import strict_json
 from .verify import verify_folder
@@ -105,17 +109,24 @@ def write_report(
         repo_id: What the card tells users to pass to ``from_pretrained``.
     """
     folder = Path(folder)
-    if results is not None:
-        _write_json(folder / RESULTS_FILE, results)
-        plot_learning_curves(results, folder / CURVES_FIGURE)
-    names = suite_files(record)
-    for domain, suite in (attacks or {}).items():
-        file, figure = names[domain]
-        _write_json(folder / file, suite)
-        plot_attacks(suite, folder / figure, f"What the checkpoint is worth on {domain}")
-    card = card_text(record, repo_id, {path.name for path in folder.iterdir()})
-    with whole_file(folder / CARD_FILE) as staged:
-        staged.write_text(card, encoding="utf-8")
+    # What cannot be drawn or rendered is an error before anything is changed.
+    with TemporaryDirectory() as private_folder:
+        made = Path(private_folder)
+        if results is not None:
+            _write_json(made / RESULTS_FILE, results)
+            plot_learning_curves(results, made / CURVES_FIGURE)
+        names = suite_files(record)
+        for domain, suite in (attacks or {}).items():
+            file, figure = names[domain]
+            _write_json(made / file, suite)
+            plot_attacks(suite, made / figure, f"What the checkpoint is worth on {domain}")
+        present = {path.name for place in (folder, made) for path in place.iterdir()}
+        (made / CARD_FILE).write_text(card_text(record, repo_id, present), encoding="utf-8")
+        # It would be of what was there before.
+        (folder / SIGNATURE_FILE).unlink(missing_ok=True)
+        for path in made.iterdir():
+            with whole_file(folder / path.name) as staged:
+                shutil.copyfile(path, staged)
     write_record(folder, record)
 
 
@@ -127,7 +138,8 @@ def card_text(record: Mapping[str, Any], repo_id: str, files: Collection[str]) -
     for domain, (file, figure) in suite_files(record).items():
         if file in files:
             figures[figure] = f"Attacks on {domain}"
-    return f"{render_card(record, repo_id, figures, compressed=SPARSE_FILE in files)}\n"
+    processed = not PROCESSOR_FILES.isdisjoint(files)
+    return f"{render_card(record, repo_id, figures, SPARSE_FILE in files, processed)}\n"
 
 
 def suite_files(record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -150,8 +162,8 @@ def refresh_report(
         folder: As :func:`write_report` left it. A signature is no longer valid and is removed. A card that was edited
             since is kept, and recorded as it is, if nothing else is given.
         attacks: ``results.json`` of ``recipes/ntp_attack.py`` on this very model; it replaces an earlier one on the
-            same domain, all of whose attacks it has to have. Its controls and its third domain stay in that file: card
-            and record are of the unauthorized domains.
+            same domain, all of whose attacks it has to have. Its controls and its third domain are left out: what is
+            published is of the unauthorized domains.
         repo_id: What the card tells users to pass to ``from_pretrained``; default what it says already.
         license: Licence id as the Hub spells it; default what the record says already, as for ``terms``.
         terms: What the owner allows, in words.
@@ -167,21 +179,11 @@ def refresh_report(
     folder = Path(folder)
     record = read_record(folder)
     weights = weight_digests(folder)
-    if any(record["files"].get(name) != digest for name, digest in weights.items()):
-        raise ValueError(
-            f"the weights in {folder} are not those that its record speaks of; needed: the measured ones. Restore "
-            "them, or measure the new ones: run recipes/ntp_vit.py."
-        )
     files = suite_files(record)
+    _check_unchanged(folder, record, weights, {file for file, _ in files.values()})
     paths = [folder / file for file, _ in files.values() if (folder / file).exists()]
     results = read_results(folder) if (folder / RESULTS_FILE).exists() else None
-    for path in [*paths, *([] if results is None else [folder / RESULTS_FILE])]:
-        if file_digest(path) != record["files"].get(path.name):
-            raise ValueError(
-                f"{path} is not the one that was recorded with these weights: its numbers may be of others. Needed: "
-                "that one. Restore it, or write the folder anew."
-            )
-    card, shown_id = folder / CARD_FILE, card_repo_id(folder) or NO_REPO
+    card, shown_id = folder / CARD_FILE, [*card_repo_ids(folder), NO_REPO][0]
     edited = card.exists() and card.read_text(encoding="utf-8") != card_text(record, shown_id, record["files"])
     if edited and any(option is not None for option in (attacks, repo_id, license, terms)):
         raise ValueError(
@@ -199,7 +201,7 @@ def refresh_report(
                 "say that these were not tried. Needed: all of them in one run of recipes/ntp_attack.py (--attacks; "
                 "with one --cache_dir nothing is done twice). To do without them, delete the older file first."
             )
-        suites[domain] = suite
+        suites[domain] = _published(suite)
     evidence = standard_evidence(results) + [suite_measurement(suite, name) for name, suite in suites.items()]
     changed = {key: text for key, text in (("license", license), ("text", terms)) if text is not None}
     record = {
@@ -209,13 +211,30 @@ def refresh_report(
         "not_tested": not_tested(evidence, list(files)),
     }
     encode_record(record)  # what cannot be written is an error before anything is changed
-    if (folder / SIGNATURE_FILE).exists():
-        (folder / SIGNATURE_FILE).unlink()
-        logger.warning("%s was signed, and its record is another now: the signature is removed. Sign it anew.", folder)
+    signed = (folder / SIGNATURE_FILE).exists()
     if edited:
+        (folder / SIGNATURE_FILE).unlink(missing_ok=True)
         write_record(folder, record)
-        return
-    write_report(folder, record, results, suites, repo_id or shown_id)
+    else:
+        write_report(folder, record, results, suites, repo_id or shown_id)
+    if signed:
+        logger.warning("%s was signed, and its record is another now: the signature is removed. Sign it anew.", folder)
+
+
+def _check_unchanged(
+    folder: Path, record: Mapping[str, Any], weights: Collection[str], suites: Collection[str]
+) -> None:
+    """Raise ``ValueError`` unless all that was measured is there as it was recorded; ``suites`` may be missing."""
+    found = file_digests(folder)
+    noted = {name for name in record["files"] if name.endswith((".json", ".safetensors"))}
+    # Weights and results that nobody recorded would be taken for those that were.
+    needed = (noted - set(suites)) | {name for name in (*weights, RESULTS_FILE, *suites) if name in found}
+    if others := sorted(name for name in needed if found.get(name) != record["files"].get(name)):
+        raise ValueError(
+            f"{listed(others)} in {folder} {'is' if len(others) == 1 else 'are'} missing or not as recorded: the "
+            "record's numbers may be of others. Needed: weights, settings and results as they were measured. Restore "
+            "them, or measure the new ones: run recipes/ntp_vit.py."
+        )
 
 
 def compress_report(folder: str | Path, out: str | Path) -> Path:
@@ -260,6 +279,15 @@ def _stored_otherwise(
     return out
 
 
+def _published(suite: Mapping[str, Any]) -> dict[str, Any]:
+    """What is published of an attack suite: nothing of other domains, controls, and paths on the owner's machine."""
+    kept = {key: value for key, value in suite.items() if key not in ("checkpoint", "third_domain")}
+    for part in ("starts", "retained_transfer", "worst_case", "not_run"):
+        found = kept.get(part, {})
+        kept[part] = {start: found[start] for start in ("protected", "unprotected") if start in found}
+    return kept
+
+
 def _attacks_of(suite: Mapping[str, Any] | None) -> set[str]:
     return set() if suite is None else set(suite["starts"]["protected"])
 
@@ -285,8 +313,8 @@ def _domain_of(attacks: Mapping[str, Any], weights: Mapping[str, str], record: M
     """Return the name of the domain of an attack suite, if it belongs to the folder."""
     if attacks.get("weights") != weights:
         raise ValueError(
-            f"the attacks were run on {attacks.get('checkpoint')}, whose weights are not those of {folder}; needed: "
-            "the result of the attacks on this very model. Run recipes/ntp_attack.py with --checkpoint on it."
+            f"the attacks were run on {attacks.get('checkpoint', 'a checkpoint')}, whose weights are not those of "
+            f"{folder}; needed: the result of the attacks on this very model. Run recipes/ntp_attack.py with --checkpoint on it."
         )
     used = attacks.get("fingerprint", {})
     domains = [domain for domain in record["unauthorized_domains"] if domain["dataset"] == attacks["target"]]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..run_folder import clear_unfinished, whole_file
 from .contents import check_contents
-from .errors import VerificationError
+from .errors import VerificationError, listed
 from .files import folder_files, read_bounded, regular_file, sha256_of
 from .record import SIGNATURE_FILE, check_files, read_record
 from .strict_json import strict_json
@@ -121,6 +121,34 @@ def check_signature(
             f"{signature} does not verify with {public_key} ({_told(error)}); needed: a signature by this key "
             "over exactly the files there. Download the folder anew and check with its owner that the key is theirs."
         ) from error
+
+
+def check_signed_files(folder: str | Path) -> None:
+    """Check that a signature, where there is one, is over the files of a folder; whose it is takes a key to tell.
+
+    Raises:
+        VerificationError: If it is garbage, or over other files.
+    """
+    files = folder_files(folder)
+    if SIGNATURE_FILE not in files:
+        return
+    signature = regular_file(files.pop(SIGNATURE_FILE))
+    _check_spelling(signature)
+    envelope = json.loads(signature.read_text(encoding="utf-8"))["dsseEnvelope"]
+    try:
+        resources = json.loads(base64.b64decode(envelope["payload"]))["predicate"]["resources"]
+        signed = {resource["name"]: resource["digest"] for resource in resources}
+    except (ValueError, KeyError, TypeError) as error:
+        raise VerificationError(
+            f"{signature} says of no files what they are ({type(error).__name__}); needed: the file as sign_folder "
+            "wrote it. Sign the folder anew, or remove it."
+        ) from error
+    found = sha256_of(files)
+    if differing := sorted(name for name in {*signed, *found} if signed.get(name) != found.get(name)):
+        raise VerificationError(
+            f"{signature} was made for other files (by {listed(differing)}): nobody could verify it. Sign the folder "
+            "anew (hf-ntp sign), or remove the signature."
+        )
 
 
 def _told(error: Exception) -> str:

@@ -40,6 +40,11 @@ def domain_names(domains: Iterable[Mapping[str, Any]]) -> str:
     return " and ".join(domain["name"] for domain in domains)
 
 
+def plain(text: str) -> str:
+    """Text as Matplotlib shows it as it is: between two dollar signs it would read mathematics."""
+    return text.replace("$", r"\$")
+
+
 def markdown_table(rows: Sequence[Sequence[str]], text: Collection[int] = (0,)) -> str:
     """Write a table in Markdown, its numbers aligned right.
 

@@ -10,7 +10,7 @@ from PIL import Image
 from hf_ntp import FineTuneProtocol, read_record
 from hf_ntp.attacks import ATTACKS
 from hf_ntp.evaluation.measure import ScratchConvergence, SourceAccuracy, Transfer
-from hf_ntp.publishing.card import _ATTACK_LABELS, CARD_FILE, attack_label, card_repo_id, render_card
+from hf_ntp.publishing.card import _ATTACK_LABELS, CARD_FILE, attack_label, card_repo_ids, render_card
 from hf_ntp.publishing.evidence import not_tested
 from hf_ntp.publishing.report import build_record, card_text, refresh_report, write_report
 from hf_ntp.publishing.results import results_table
@@ -129,7 +129,7 @@ def test_the_card_is_the_committed_example(record):
 def test_the_default_runs_card_is_what_its_record_says():
     folder = Path(__file__).parents[2] / "model_cards" / "mnist_only"
     record = read_record(folder)
-    assert (folder / CARD_FILE).read_text() == card_text(record, card_repo_id(folder), record["files"])
+    assert (folder / CARD_FILE).read_text() == card_text(record, card_repo_ids(folder)[0], record["files"])
     here = {path.name: file_digest(path) for path in folder.iterdir() if path.name != "authorization.json"}
     assert here.items() <= record["files"].items()
 
@@ -221,7 +221,7 @@ def test_attacks_are_added_to_record_card_and_figures(folder, attacks, written):
     refresh_report(folder)
     assert read_record(folder) == record | {"files": read_record(folder)["files"]}
     (folder / "model.safetensors").write_bytes(b"Weights")
-    with pytest.raises(ValueError, match="not those that its record speaks of"):
+    with pytest.raises(ValueError, match=r"model\.safetensors in .* is missing or not as recorded"):
         refresh_report(folder)
 
 
@@ -268,7 +268,7 @@ def test_what_was_not_run_is_told_for_each_domain(record):
 
 def test_results_of_another_model_are_refused(folder, results):
     (folder / "results.json").write_text(json.dumps(results | {"sparsity": 0.5}))
-    with pytest.raises(ValueError, match=r"results\.json is not the one that was recorded"):
+    with pytest.raises(ValueError, match=r"results\.json in .* is missing or not as recorded"):
         refresh_report(folder)
 
 
@@ -327,7 +327,7 @@ def test_edited_attacks_are_refused(folder, attacks, written):
     refresh_report(folder, written(attacks))
     attacks["starts"]["protected"]["dense"]["normalized"] = -0.9
     (folder / "attacks.json").write_text(json.dumps(attacks))
-    with pytest.raises(ValueError, match=r"attacks\.json is not the one that was recorded"):
+    with pytest.raises(ValueError, match=r"attacks\.json in .* is missing or not as recorded"):
         refresh_report(folder)
 
 
