@@ -314,7 +314,7 @@ def _domain_of(attacks: Mapping[str, Any], weights: Mapping[str, str], record: M
     if attacks.get("weights") != weights:
         raise ValueError(
             f"the attacks were run on {attacks.get('checkpoint', 'a checkpoint')}, whose weights are not those of "
-            f"{folder}; needed: the result of the attacks on this very model. Run recipes/ntp_attack.py with --checkpoint on it."
+            f"{folder}; needed: those of this very model. Run recipes/ntp_attack.py with --checkpoint on it."
         )
     used = attacks.get("fingerprint", {})
     domains = [domain for domain in record["unauthorized_domains"] if domain["dataset"] == attacks["target"]]
