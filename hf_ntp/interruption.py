@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from time import monotonic
 from types import FrameType
 from typing import Any, NoReturn
@@ -25,6 +26,14 @@ def unwind_on_sigterm() -> None:
     """Let SIGTERM end this process as Ctrl-C does: files are closed, helpers stopped, the exit status is 143."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _leave)
+
+
+def deaf_worker(initialize: Callable[[int], None] | None, number: int) -> None:
+    """Start a worker of a data loader, which ends when its loader says so: launchers send signals to workers, too."""
+    for ending in _ENDING:
+        signal.signal(ending, signal.SIG_IGN)
+    if initialize is not None:
+        initialize(number)
 
 
 class KeptSignals:

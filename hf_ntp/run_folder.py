@@ -16,11 +16,15 @@ from time import perf_counter
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 RUN_FILE = "run.json"
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+_LOCK = ".training.lock"
+_LOCK_WAIT = 10.0
+"""Seconds: workers of a process that was killed hold its lock until they notice."""
 _NODE = re.sub(r"[^A-Za-z0-9-]", "-", platform.node()) or "here"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -78,9 +82,38 @@ def claim_run_folder(folder: str | Path, settings: Mapping[str, Any]) -> Path:
         )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(record) as staged:
+    with _whole(record) as staged:
         staged.write_text(json.dumps(settings, indent=2))
-    return folder
+        with suppress(FileExistsError):  # another process was faster, perhaps with other settings
+            os.link(staged, record)
+    remove(staged)
+    return claim_run_folder(folder, settings)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Refuse a folder that another process trains into; where nothing can be written, saving says so.
+
+    Raises:
+        ValueError: If there is such a process.
+    """
+    lock = FileLock(folder / _LOCK, timeout=_LOCK_WAIT)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another process trains into {folder}; needed: a folder of its own for each, or to wait until that one "
+            "is over. Choose another output_dir, or stop the other process and resume."
+        ) from error
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        remove(folder / _LOCK)
+        lock.release()
 
 
 def _beside(path: Path) -> Path:

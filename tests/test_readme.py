@@ -94,10 +94,22 @@ def test_python_examples(blocks, few_images, tmp_path, monkeypatch):
     assert record["source_accuracy"]["after"] == space["measured"].accuracy.after
     assert [domain["name"] for domain in record["unauthorized_domains"]] == ["optdigits"]
     trainer, measured, folder = space["trainer"], space["measured"], tmp_path / "wrong"
-    seen = PixelDataset.from_dataset(space["owner"], space["processor"]).contents
-    other = replace(measured, images=measured.images | {"attacker": seen})
-    with pytest.raises(ValueError, match="the protection has seen the images that were measured with as attacker"):
+    some = space["owner"].shuffle(seed=1).select(range(5))
+    seen = PixelDataset.from_dataset(some, space["processor"]).contents
+    for part, images in (("attacker", seen), ("test", seen | measured.images["test"])):
+        other = replace(measured, images=measured.images | {part: images})
+        with pytest.raises(ValueError, match=rf"has seen images that were measured with as {part} \(5 images\)"):
+            hf_ntp.write_folder(trainer, folder, "ORG/NAME", *space["domains"], measured=other)
+    other = replace(measured, images=measured.images | {"source": trainer.train_dataset.source.contents})
+    with pytest.raises(ValueError, match=r"measured with as source test \(\d+ images\)"):
         hf_ntp.write_folder(trainer, folder, "ORG/NAME", *space["domains"], measured=other)
+    (source,), (target,) = space["domains"]
+    for domains, message in (
+        (([source], [target, replace(target, name="x")]), "targets names 2 domains .* was trained with 1"),
+        (([replace(source, name=target.name)], [target]), f"name {target.name} more than once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hf_ntp.write_folder(trainer, folder, "ORG/NAME", *domains)
     others = frozenset([Content("0" * 64, "1" * 64, b"")])
     other = replace(measured, images=measured.images | {"test": others, "source": others})
     with pytest.raises(ValueError, match=r"than the references name \(targets: test, source: test\)"):

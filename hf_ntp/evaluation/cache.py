@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping
@@ -73,6 +74,10 @@ class ResultCache:
         try:
             found = json.loads((self.folder / f"{key}.json").read_bytes())
         except (FileNotFoundError, ValueError, RecursionError):
+            return None
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # replaced on a file server while it was open
+                raise
             return None
         return found if isinstance(found, dict) else None
 

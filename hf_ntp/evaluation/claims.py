@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import tempfile
@@ -13,6 +14,8 @@ from pathlib import Path
 from threading import Event, Thread
 
 import psutil
+
+from ..run_folder import writing
 
 HEARTBEAT = 5.0
 """Seconds between two signs of life of a claim."""
@@ -38,16 +41,26 @@ class Claims:
         self._held: dict[str, list[Path]] = {}
 
     def take(self, key: str) -> bool:
-        """Claim ``key`` for this process; False where another process has it that seems to live."""
+        """Claim ``key`` for this process; False where another process has it that seems to live.
+
+        Raises:
+            OSError: If the claim cannot be written; nothing is left of it.
+        """
         if self.folder is None:
             return True
         self.folder.mkdir(parents=True, exist_ok=True)
         generations = []
         for number in count():
             generations.append(self.folder / f"{key}.{number}.claim")
+            path = generations[-1]
             try:
-                with generations[-1].open("x") as file:
-                    file.write(f"{socket.gethostname()} {os.getpid()}")
+                with writing(path), path.open("x") as file:
+                    try:
+                        file.write(f"{socket.gethostname()} {os.getpid()}")
+                        file.flush()
+                    except OSError:
+                        path.unlink(missing_ok=True)
+                        raise
             except FileExistsError:
                 if self._alive(generations[-1]):
                     return False
@@ -98,7 +111,9 @@ class Claims:
             # Both times are the file server's: clocks of machines differ.
             with tempfile.TemporaryFile(dir=self.folder) as now:
                 age = os.fstat(now.fileno()).st_mtime - claim.stat().st_mtime
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
             return True  # just given back: there is a result, or the next look finds it free
         if process and host == socket.gethostname() and not psutil.pid_exists(int(process)):
             return False

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import joblib
 import numpy as np
@@ -96,6 +96,13 @@ class Accuracies(NamedTuple):
 
     validation: float
     test: float
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any] | None) -> Accuracies | None:
+        """Result that was stored; None where there is none, or something else."""
+        found = stored or {}
+        whole = found.keys() == set(cls._fields) and all(isinstance(value, float | int) for value in found.values())
+        return cls(**found) if whole else None
 
 
 @dataclass(frozen=True)
@@ -302,14 +309,14 @@ class _Sweep:
         def look() -> None:
             """Note what is in the cache, whoever fitted it."""
             for fit in fits:
-                if fit not in results and (found := self.cache.get(keys[fit])):
-                    results[fit] = Accuracies(**found)
+                if fit not in results and (found := Accuracies.of(self.cache.get(keys[fit]))):
+                    results[fit] = found
 
         def claimed(fit: Fit) -> bool:
             if fit in results or not self.claims.take(keys[fit]):
                 return False
-            if found := self.cache.get(keys[fit]):  # finished since the last look
-                results[fit] = Accuracies(**found)
+            if found := Accuracies.of(self.cache.get(keys[fit])):  # finished since the last look
+                results[fit] = found
                 self.claims.release(keys[fit])
                 return False
             return True

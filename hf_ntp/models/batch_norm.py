@@ -89,17 +89,21 @@ def separate_batch_norms(norms: Sequence[_BatchNorm], images: int, parts: int) -
         parts: Number of parts.
     """
     norms = norms if parts > 1 else ()
+    before = [vars(norm).get("forward") for norm in norms]  # hooks of Accelerate lie there
     for norm in norms:
         vars(norm)["forward"] = partial(_apart, norm, norm.forward, images, parts)
     try:
         yield
     finally:
-        for norm in norms:
+        for norm, forward in zip(norms, before, strict=True):
             del vars(norm)["forward"]
+            if forward is not None:
+                vars(norm)["forward"] = forward
 
 
 def _apart(norm: _BatchNorm, forward: Callable[[Tensor], Tensor], images: int, parts: int, batch: Tensor) -> Tensor:
-    plain = type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats
+    own = getattr(forward, "__func__", None) is _BatchNorm.forward  # neither another kind of norm nor hooked
+    plain = own and norm.training and norm.track_running_stats
     if plain and norm.momentum is not None and len(batch) == images * parts and batch.is_contiguous():
         return _side_by_side(norm, norm.momentum, parts, batch)
     # Tokens may have been put in the place of images, those of an image one after another.

@@ -136,10 +136,11 @@ def check_fit(network: PreTrainedModel, args: NTPConfig, rows: int, targets: int
         )
     if not has_batch_norm(network):
         return
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing or getattr(network, "is_gradient_checkpointing", False):
         raise ValueError(
             f"gradient_checkpointing is on and {type(network).__name__} has BatchNorm, whose statistics would see "
-            "the images a second time, those of the target among them; needed: False."
+            "the images a second time, those of the target among them; needed: False. Leave it out, and call the "
+            "model's gradient_checkpointing_disable() if it was enabled there."
         )
     if args.torch_compile:
         raise ValueError(

@@ -20,7 +20,8 @@ _FREE = {
     "save_strategy", "save_total_limit", "do_eval", "eval_steps", "eval_strategy", "eval_on_start",
     "per_device_eval_batch_size", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_strategy",
     "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "dataloader_num_workers", "local_rank",
-    "logging_nan_inf_filter", "fsdp", "fsdp_config", "use_cpu",
+    "logging_nan_inf_filter", "fsdp", "fsdp_config", "use_cpu", "ddp_timeout", "eval_accumulation_steps",
+    "eval_delay", "torch_empty_cache_steps", "dataloader_prefetch_factor", "save_on_each_node", "skip_memory_metrics",
 }  # fmt: skip
 
 
@@ -41,6 +42,7 @@ _REFUSED = {
     "bf16_full_eval": "It casts the weights themselves, and training would go on with them. Use bf16.",
     "fp16_full_eval": "It casts the weights themselves, and training would go on with them. Use bf16.",
     "ignore_data_skip": "A resumed run would take other images than one that was not interrupted.",
+    "dataloader_persistent_workers": "A resumed run would draw other numbers than one that was not interrupted.",
     "auto_find_batch_size": "A second attempt would start from weights that the first one changed.",
 }
 
@@ -98,6 +100,11 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
             raise ValueError(
                 "push_to_hub is on and target_access is 'none': nothing says what the record is to call unauthorized. "
                 "Needed: False. Call push_to_hub(targets=[DomainReference(...)]) when training is over."
+            )
+        if not self.dataloader_in_order:
+            raise ValueError(
+                "dataloader_in_order is False; needed: True. The order of batches would hang on which worker is "
+                "faster, and no run could be repeated or resumed."
             )
         if self.train_sampling_strategy != "random":
             raise ValueError(

@@ -34,7 +34,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from ..data import fingerprint_of, has_labels
-from ..interruption import KeptSignals
+from ..interruption import KeptSignals, deaf_worker
 from ..models import (
     batch_norms,
     blocks_of,
@@ -57,7 +57,7 @@ from ..models import (
 )
 from ..models.adapters import with_adapter  # not of the package: only who needs it waits for peft
 from ..models.sharding import whole
-from ..run_folder import remove, whole_model, writing
+from ..run_folder import only_writer, remove, whole_model, writing
 from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
 from .checkpoint import RunState, check_settings, last_checkpoint, load_state, load_weights_strictly, save_state
@@ -563,7 +563,8 @@ class NTPTrainer(Trainer):
         every process. Callbacks see the copy: they save it with ``save_model``.
 
         Raises:
-            ValueError: If ``output_dir`` holds checkpoints of another run, or the one to resume is of another run.
+            ValueError: If ``output_dir`` holds checkpoints of another run, or the one to resume is of another run, or
+                another process trains into it.
         """
         if not resume_from_checkpoint and (last := last_checkpoint(self.args.output_dir)):
             raise ValueError(
@@ -594,7 +595,8 @@ class NTPTrainer(Trainer):
         self._guard.excess = torch.zeros_like(self._guard.excess)
         # A head beside features that are matched gets no gradient, for which DDP would wait.
         fixed = frozen(self._head) if self._matches_features else nullcontext()
-        with fixed, self._sharding(), KeptSignals() as self._signals:
+        alone = only_writer(Path(str(self.args.output_dir))) if self.is_world_process_zero() else nullcontext()
+        with alone, fixed, self._sharding(), KeptSignals() as self._signals:
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
@@ -643,6 +645,12 @@ class NTPTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Trainer's choice less the prunable weights: the ADMM penalty is their only shrinkage."""
         return [name for name in super().get_decay_parameter_names(model) if name not in self.prunable]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's; signals that ask the whole group of processes to end leave its workers to finish the step."""
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = partial(deaf_worker, loader.worker_init_fn)
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Trainer's; a `datasets.Dataset` of images is pre-processed as the one of the constructor is."""
@@ -860,7 +868,8 @@ class NTPTrainer(Trainer):
 
     def _complete_checkpoint(self, staged: Path, final: Path, anchors: dict[str, Tensor]) -> None:
         """Add our state to what Trainer has written, and give the folder its name."""
-        if self.state.best_model_checkpoint == str(staged):
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best) == staged:  # spelled as the user spelled output_dir
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
         log = {key: float(value) for key, value in self._pruning_log.items()}

@@ -369,15 +369,37 @@ def test_folders_that_cannot_be_stored(tmp_path):
     with pytest.raises(ValueError, match=r"\['pytorch_model.bin'\] besides"):
         compress_folder(dense, tmp_path / "new")
     (dense / "pytorch_model.bin").unlink()
+    config = json.loads((dense / "config.json").read_text())
+    for changed, message in (([], "holds a list"), (config | {"transformers_weights": "x"}, "names 'x' as the")):
+        (dense / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            compress_folder(dense, tmp_path / "new")
+    (dense / "config.json").write_text(json.dumps(config | {"quantization_config": "x"}))
+    with pytest.raises(ValueError, match="is no compressed model"):
+        expand_folder(dense, tmp_path / "new")
+    (dense / "config.json").write_text(json.dumps(config))
     (dense / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="holds neither"):
         compress_folder(dense, tmp_path / "new")
+    for index, message in (("{}", "has no weight_map"), ("[1]", "holds a list")):
+        (dense / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(ValueError, match=message):
+            compress_folder(dense, tmp_path / "new")
     tiny_vit().save_pretrained(tmp_path / "unpruned")
     with pytest.raises(ValueError, match="smaller without its zeros"):
         compress_folder(tmp_path / "unpruned", tmp_path / "new")
     with pytest.raises(ValueError, match="asked for a model with plain weights"):
         AutoModelForImageClassification.from_pretrained(tmp_path / "unpruned", quantization_config=BitmaskConfig())
     assert not (tmp_path / "new").exists()
+
+
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
+    dense, _ = stored(pruned(vit()), tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", tmp_path / "here"):
+        with pytest.raises(ValueError, match="holds the working directory"):
+            compress_folder(dense, out)
 
 
 def test_a_format_of_the_future(tmp_path):

@@ -336,6 +336,40 @@ def test_a_card_that_names_another_repository_is_not_published(hub, folder):
     assert push_folder(folder, "other").repo_url.repo_id == "org/other", "a name without an owner is one's own"
 
 
+def test_a_card_may_name_other_repositories_too(hub, folder):
+    card = f'{CARD}\nAutoModel.from_pretrained("org/base")\n\nAutoModel.from_pretrained("{REPO}")\n'
+    (folder / "README.md").write_text(card)
+    write_record(folder, minimal_record())
+    push_folder(folder, REPO)
+
+
+@pytest.mark.parametrize("signature", ["stale", "garbage"])
+def test_a_signature_that_nobody_can_verify_is_not_published(hub, folder, tmp_path, signature):
+    private, _ = make_keys(tmp_path)
+    sign_folder(folder, private)
+    if signature == "garbage":
+        (folder / "model.sig").write_text("garbage")
+    else:
+        record = minimal_record()
+        record["terms"]["text"] = "Other terms."
+        write_record(folder, record)
+    with pytest.raises(RecordError, match=r"not a signature|was made for other files \(by authorization\.json\)"):
+        push_folder(folder, REPO)
+    assert not hub.repos
+
+
+def test_files_that_are_not_there_are_asked_for_once(hub, folder):
+    push_folder(folder, REPO)
+    names = {f"made-up-{i}.json": "0" * 64 for i in range(50)}
+    record = read_record(folder) | {"files": read_record(folder)["files"] | names}
+    (folder / "authorization.json").write_text(json.dumps(record))
+    HfApi().upload_file(path_or_fileobj=folder / "authorization.json", path_in_repo="authorization.json", repo_id=REPO)
+    before = len(hub.log)
+    with pytest.raises(RecordError, match="missing: made-up-0"):
+        verify_checkpoint(REPO)
+    assert sum("made-up" in str(request) for request in hub.log[before:]) == 1
+
+
 def test_changed_folders_are_not_published(hub, folder):
     (folder / "README.md").write_text("changed")
     with pytest.raises(RecordError):
@@ -426,6 +460,24 @@ def test_only_model_classes_of_transformers(tmp_path, name):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": name and [name]}))
     with pytest.raises(ValueError, match=rf"model class {name!r}; needed: one of transformers"):
+        load_protected(tmp_path, verify=False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": {"a": 1}},
+        {"architectures": 3},
+        {"hidden_act": "nope"},
+        {"hidden_size": 32},
+        {"quantization_config": "x"},
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path, config):
+    tiny_vit().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(ValueError, match=r"cannot be loaded .* needed: a model as save_pretrained writes it"):
         load_protected(tmp_path, verify=False)
 
 

@@ -10,8 +10,10 @@ from PIL import Image
 from hf_ntp import FineTuneProtocol, read_record
 from hf_ntp.attacks import ATTACKS
 from hf_ntp.evaluation.measure import ScratchConvergence, SourceAccuracy, Transfer
+from hf_ntp.publishing.attack_report import plot_attacks
 from hf_ntp.publishing.card import _ATTACK_LABELS, CARD_FILE, attack_label, card_repo_ids, render_card
 from hf_ntp.publishing.evidence import not_tested
+from hf_ntp.publishing.figure import plot_learning_curves
 from hf_ntp.publishing.report import build_record, card_text, refresh_report, write_report
 from hf_ntp.publishing.results import results_table
 from hf_ntp.run_folder import file_digest, weight_digests
@@ -270,6 +272,98 @@ def test_results_of_another_model_are_refused(folder, results):
     (folder / "results.json").write_text(json.dumps(results | {"sparsity": 0.5}))
     with pytest.raises(ValueError, match=r"results\.json in .* is missing or not as recorded"):
         refresh_report(folder)
+
+
+def test_what_was_measured_has_to_be_there(folder):
+    """Or a report would make a damaged folder valid again."""
+    for name in ("model.safetensors", "results.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        with pytest.raises(ValueError, match=rf"{name} in .* is missing or not as recorded"):
+            refresh_report(folder)
+        (folder / name).write_bytes(content)
+    (folder / "config.json").write_text("{}")
+    (folder / "LICENSE").write_text("Mine.")
+    refresh_report(folder)
+    assert {"LICENSE", "config.json"} <= set(read_record(folder)["files"])
+    (folder / "config.json").write_text('{"hidden_act": "relu"}')
+    with pytest.raises(ValueError, match=r"config\.json in .* is missing or not as recorded"):
+        refresh_report(folder)
+
+
+def test_a_link_is_not_written_through(folder, tmp_path_factory):
+    precious = tmp_path_factory.mktemp("elsewhere") / "precious"
+    precious.write_text("precious")
+    (folder / "slc.png").unlink()
+    (folder / "slc.png").symlink_to(precious)
+    with pytest.raises(ValueError, match="symbolic link"):
+        refresh_report(folder)
+    assert precious.read_text() == "precious"
+
+
+def test_what_cannot_be_drawn_changes_nothing(folder, attacks, written, monkeypatch):
+    attacks["weights"] = weight_digests(folder)
+    (folder / "model.sig").write_text("signed")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("hf_ntp.publishing.report.plot_attacks", interrupted)
+        refresh_report(folder, written(attacks))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    refresh_report(folder, written(attacks))
+    assert "attacks.json" in read_record(folder)["files"]
+
+
+def test_names_are_no_mathematics(tmp_path, attacks):
+    name = "US$5_{ vs $10"
+    results = make_results()
+    for side in ("source", "target"):
+        results[side]["domain"] = name
+    plot_learning_curves(results, tmp_path / "slc.png")
+    plot_attacks(attacks, tmp_path / "attacks.png", name)
+
+
+def test_controls_other_domains_and_paths_are_not_published(folder, attacks, written):
+    attacks["weights"] = weight_digests(folder)
+    attacks["checkpoint"] = "/home/alice/clients/acme"
+    attacks["third_domain"] = {"name": "confidential"}
+    for part in ("starts", "retained_transfer", "worst_case"):
+        attacks[part]["random_pruned"] = attacks[part]["protected"]
+    refresh_report(folder, written(attacks))
+    published = (folder / "attacks.json").read_text()
+    assert not [word for word in ("alice", "confidential", "random_pruned") if word in published]
+    refresh_report(folder)
+
+
+def test_a_worst_case_that_is_not_the_worst(folder, attacks, written):
+    attacks["weights"] = weight_digests(folder)
+    attacks["worst_case"]["protected"] = {"attack": "lora", "slc_auc": -0.2, "retained_transfer": None}
+    with pytest.raises(ValueError, match=r"worst_case is .*lora.* largest area of the attacks is 0\.05"):
+        refresh_report(folder, written(attacks))
+
+
+def test_a_card_without_a_processor_does_not_load_one(folder):
+    assert "AutoImageProcessor" not in (folder / "README.md").read_text()
+    (folder / "preprocessor_config.json").write_text("{}")
+    refresh_report(folder)
+    assert 'AutoImageProcessor.from_pretrained("org/photos-only")' in (folder / "README.md").read_text()
+
+
+def test_the_class_that_a_card_names(record):
+    for architecture, auto in (
+        ("DeiTForImageClassificationWithTeacher", "AutoModelForImageClassification"),
+        ("Dinov2Model", "AutoModel"),
+    ):
+        record["architecture"] = architecture
+        assert f"import AutoImageProcessor, {auto}\n" in str(render_card(record))
+
+
+def test_paths_are_no_datasets_of_the_hub(record):
+    record["authorized_domains"][0]["dataset"] = "/home/alice/photos"
+    assert ModelCard(str(render_card(record))).data.datasets == ["org/scans"]
 
 
 def test_an_edited_card_is_kept(folder, attacks, written):
