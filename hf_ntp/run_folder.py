@@ -27,6 +27,7 @@ _LOCK_WAIT = 10.0
 """Seconds: workers of a process that was killed hold its lock until they notice."""
 _NODE = re.sub(r"[^A-Za-z0-9-]", "-", platform.node()) or "here"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -85,9 +86,18 @@ def claim_run_folder(folder: str | Path, settings: Mapping[str, Any]) -> Path:
     with _whole(record) as staged:
         staged.write_text(json.dumps(settings, indent=2))
         with suppress(FileExistsError):  # another process was faster, perhaps with other settings
-            os.link(staged, record)
+            _rename_unless_there(staged, record)
     remove(staged)
     return claim_run_folder(folder, settings)
+
+
+def _rename_unless_there(staged: Path, path: Path) -> None:
+    try:
+        os.link(staged, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        os.replace(staged, path)  # on such a file system, the later of two processes wins
 
 
 @contextmanager

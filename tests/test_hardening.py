@@ -1,7 +1,9 @@
 """Edited files, odd options and extremes: they work, or an error of the declared kind says why not."""
 
 import copy
+import errno
 import json
+import os
 from dataclasses import asdict, fields
 
 import pytest
@@ -117,6 +119,26 @@ def checkpoint(tmp_path_factory):
     ours = trainer(folder, max_steps=2, save_strategy="steps", save_steps=2, target_weight=0.1)
     ours.train()
     return ours, folder / "checkpoint-2"
+
+
+def test_of_two_runs_that_claim_a_folder_at_once_one_gets_it(tmp_path, monkeypatch):
+    link = os.link
+
+    def slower(staged, record):
+        record.write_text('{"rho": 2}')
+        link(staged, record)
+
+    monkeypatch.setattr(os, "link", slower)
+    with pytest.raises(ValueError, match=r"holds another run \(rho: 2 there, 1 here"):
+        claim_run_folder(tmp_path / "run", {"rho": 1})
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [RUN_FILE]
+
+    def without_links(staged, record):
+        raise OSError(errno.EOPNOTSUPP, "no links here")
+
+    monkeypatch.setattr(os, "link", without_links)
+    claim_run_folder(tmp_path / "other", {"rho": 1})
+    claim_run_folder(tmp_path / "other", {"rho": 1})
 
 
 @FAST

@@ -649,7 +649,8 @@ class NTPTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's; signals that ask the whole group of processes to end leave its workers to finish the step."""
         loader = super().get_train_dataloader()
-        loader.worker_init_fn = partial(deaf_worker, loader.worker_init_fn)
+        reads: Any = getattr(loader, "base_dataloader", loader)  # inside that of Accelerate
+        reads.worker_init_fn = partial(deaf_worker, reads.worker_init_fn)
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

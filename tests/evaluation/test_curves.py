@@ -1,8 +1,11 @@
+import copy
+import errno
 import importlib.util
 import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
@@ -14,6 +17,7 @@ from hf_ntp import (
     Arm,
     AttackData,
     FineTuneProtocol,
+    PixelDataset,
     measure_protection,
     sample_wise_learning_curves,
     standard_arms,
@@ -177,6 +181,22 @@ def test_a_damaged_cache_entry_counts_as_missing(tmp_path):
     assert ResultCache(None).get("key") is None
 
 
+@pytest.mark.parametrize("entry", [{"test": 0.5}, {"validation": None, "test": 0.5}, {"validation": 1, "test": "x"}])
+def test_a_cache_entry_of_something_else_counts_as_missing(entry):
+    assert runner.Accuracies.of(entry) is None
+    assert runner.Accuracies.of({"validation": 0.25, "test": 0.5}) == (0.25, 0.5)
+
+
+def test_a_file_that_was_replaced_on_a_server_counts_as_missing(tmp_path, monkeypatch):
+    ResultCache(tmp_path).put("a", {})
+
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    assert ResultCache(tmp_path).get("a") is None
+
+
 def test_the_learning_rate_is_chosen_on_validation_data(attack, checkpoints, monkeypatch):
     """The rate with the better validation accuracy wins even where test accuracy says otherwise."""
     table = {1e-3: runner.Accuracies(0.9, 0.1), 1e-2: runner.Accuracies(0.2, 0.8)}
@@ -334,6 +354,40 @@ def test_a_seed_that_tunes_for_itself_extends_the_grid_for_itself(attack, checkp
     protocol = FineTuneProtocol(steps=12, learning_rates=(1, 2, 4), warmup_steps=1, extensions=2)
     found = sample_wise_learning_curves(standard_arms(*checkpoints)[:1], attack, [6], [0, 1], protocol, jobs=1)
     assert found.learning_rates["scratch"] == [[2], [16]]
+
+
+def test_a_seed_that_tunes_for_itself_skips_no_rate(attack, checkpoints, monkeypatch):
+    """The first seed has gone on to 16, where the other one is at a loss; its best, 8, lies between."""
+
+    def run(batch, *rest):
+        (fit,) = batch
+        value = fit.value / 20 if fit.seed == 0 or fit.value <= 8 else 0.01
+        return {fit: runner.Accuracies(value, value)}
+
+    monkeypatch.setattr(runner, "_run", run)
+    protocol = FineTuneProtocol(steps=12, learning_rates=(1, 2, 4), warmup_steps=1, extensions=2)
+    found = sample_wise_learning_curves(standard_arms(*checkpoints)[:1], attack, [6], [0, 1], protocol, jobs=1)
+    assert found.learning_rates["scratch"] == [[16], [8]]
+
+
+def test_classes_without_an_image_count(attack):
+    """Or the model's own head would seem to have other classes than the target."""
+
+    class Named(PixelDataset):
+        class_names = [str(i) for i in range(7)]
+
+    parts = {name: copy.copy(getattr(attack, name)) for name in ("train", "validation", "test")}
+    for part in parts.values():
+        part.__class__ = Named
+    assert attack.num_labels == 3
+    assert replace(attack, **parts).num_labels == 7
+
+
+def test_scratch_is_fitted_once_for_both_checkpoints(attack, checkpoints):
+    """Random weights have no zeros to keep: which are prunable is all the same to them."""
+    describe = Describer(attack, QUICK)
+    arms = [Arm("scratch", path, random_init=True) for path in checkpoints]
+    assert len({describe(Fit(arm, 6, 0, 1e-3)) for arm in arms}) == 1
 
 
 def test_arms_start_where_they_should(checkpoints):

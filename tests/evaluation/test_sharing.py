@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from dataclasses import asdict
+from pathlib import Path
 from threading import Barrier, Thread
 
 import pytest
@@ -82,6 +83,18 @@ def test_a_dead_owner_loses_the_claim_to_one_process_only(tmp_path, owner, age, 
     for winner in won:
         winner.release("a")
         assert not list(tmp_path.iterdir())
+
+
+def test_a_claim_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no device that is always full")
+    path = tmp_path / "a.0.claim"
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode: (opened(self, mode).close(), opened(full, "w"))[1])
+    with pytest.raises(OSError, match="was not written: No space left on device; needed: more room"):
+        Claims(tmp_path).take("a")
+    assert not path.exists()
 
 
 def test_signs_of_life(tmp_path, monkeypatch):

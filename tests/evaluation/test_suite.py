@@ -98,6 +98,24 @@ def test_what_authorized_images_are_worth_to_anybody_is_not_the_checkpoints(chec
     )
 
 
+def test_who_has_authorized_images_is_compared_with_who_has_them(checkpoints, attack, monkeypatch):
+    """Protected .3 over scratch with them, unprotected .4 so; without them nothing, and .6."""
+
+    def run(fits, *rest):
+        (fit,) = fits
+        areas = {True: (0.3, 0.4), False: (0.0, 0.6)}[fit.arm.attack.needs_source]
+        value = 0.2 + (0 if fit.arm.random_init else areas[fit.arm.checkpoint == checkpoints[0]])
+        return {fit: runner.Accuracies(value, value)}
+
+    monkeypatch.setattr(runner, "_run", run)
+    results = suite(checkpoints, replace(attack, source=attack.validation), ["dense", "source_all_new"])
+    assert results["worst_case"]["protected"] == {
+        "attack": "source_all_new",
+        "slc_auc": pytest.approx(0.3),
+        "retained_transfer": pytest.approx(0.3 / 0.4),
+    }
+
+
 def test_what_is_wrong_is_found_before_any_fit(checkpoints, attack, monkeypatch):
     monkeypatch.setattr(runner, "_run", None)
     starts = {"protected": checkpoints[1]}

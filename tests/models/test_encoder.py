@@ -210,6 +210,15 @@ def test_a_batch_of_parts_is_normalised_part_by_part(kind):
     assert not any("forward" in vars(module) for module in one.modules())
 
 
+def test_a_hook_on_a_norm_is_called_and_stays():
+    calls, norm = [], torch.nn.BatchNorm2d(3)
+    vars(norm)["forward"] = lambda batch: calls.append(len(batch)) or torch.nn.BatchNorm2d.forward(norm, batch)
+    with separate_batch_norms([norm], 4, 2):
+        norm(torch.randn(8, 3, 2, 2))
+    norm(torch.randn(8, 3, 2, 2))
+    assert calls == [4, 4, 8]
+
+
 def test_batch_norm_without_scale_and_shift_and_in_another_layout():
     norm = torch.nn.BatchNorm2d(3, affine=False)
     parts = [torch.randn(4, 3, 2, 2), 5 + torch.randn(4, 3, 2, 2)]

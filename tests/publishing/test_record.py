@@ -80,6 +80,23 @@ def test_values_that_do_not_fit_the_schema(record, place, value, message):
         validate_record(record)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (["evidence", 0, "worst_case", "attack"], "nonexistent", "nonexistent is no attack on scans"),
+        (["evidence", 0, "worst_case", "slc_auc"], -0.9, "full is no attack on scans, or not the best one"),
+        (["evidence", 0, "domain"], "elsewhere", "measurements are of elsewhere"),
+        (["authorized_domains", 0, "name"], "scans", "named twice"),
+        (["sparsity", "achieved"], 0.99, r"700 zeros of 1000 weights, all together a share of 0\.99"),
+        (["sparsity", "prunable_weights"], 999, "as many weights as all together"),
+    ],
+)
+def test_records_that_contradict_themselves(record, place, value, message):
+    put(record, place, value)
+    with pytest.raises(RecordError, match=message):
+        validate_record(record)
+
+
 def test_every_required_field_is_required(record):
     for key in list(record):
         with pytest.raises(RecordError, match="schema"):

@@ -69,6 +69,7 @@ def test_fingerprint_ignores_where_and_how_often_but_not_what(tmp_path):
         return NTPConfig(output_dir=str(tmp_path), report_to="none", **options).fingerprint()
 
     assert fingerprint() == fingerprint(logging_steps=7, save_steps=3)
+    assert fingerprint() == fingerprint(ddp_timeout=7, eval_accumulation_steps=2, torch_empty_cache_steps=3)
     for option in ({"rho": 1.0}, {"seed": 3}, {"learning_rate": 0.1}, {"max_steps": 5}, {"sparsity": 0.1}):
         assert fingerprint() != fingerprint(**option)
 
@@ -139,5 +140,9 @@ def test_the_best_checkpoint_does_not_replace_the_last(tmp_path):
 
 
 def test_another_order_of_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="dataloader_in_order is False; needed: True"):
+        config_of(tmp_path, dataloader_in_order=False)
+    with pytest.raises(ValueError, match=r"dataloader_persistent_workers is True; needed: False\. A resumed run"):
+        config_of(tmp_path, dataloader_persistent_workers=True, dataloader_num_workers=1)
     with pytest.raises(ValueError, match="train_sampling_strategy is 'sequential'; needed: 'random'"):
         config_of(tmp_path, train_sampling_strategy="sequential")

@@ -1,8 +1,11 @@
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
+import signal
+from pathlib import Path
 
 import datasets
 import pytest
@@ -19,7 +22,7 @@ from transformers import (
     ViTModel,
 )
 
-from hf_ntp import NTPConfig, NTPTrainer, load_protected, read_record, write_folder
+from hf_ntp import NTPConfig, NTPTrainer, load_protected, read_record, run_folder, write_folder
 from hf_ntp.functional import uniform_cross_entropy, whitened_discriminant
 from hf_ntp.models import scale_free_weights, zero_fraction
 from hf_ntp.publishing.record import write_record
@@ -473,6 +476,31 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     assert torch.equal(before, other.classifier.weight)
 
 
+def test_one_process_at_a_time_trains_into_a_folder(tmp_path, monkeypatch):
+    """Both would write the checkpoints of the same names, and remove what the other one has half-written."""
+    monkeypatch.setattr(run_folder, "_LOCK_WAIT", 0.1)
+
+    class Second(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            with pytest.raises(ValueError, match=r"another process trains into .* needed: a folder of its own"):
+                trainer(tmp_path).train()
+
+    trainer(tmp_path, callbacks=[Second()], save_strategy="steps", save_steps=6).train()
+    assert not [path for path in tmp_path.iterdir() if "lock" in path.name]
+    trainer(tmp_path, save_strategy="steps", save_steps=6).train(resume_from_checkpoint=True)
+
+
+def test_workers_leave_signals_to_the_run(tmp_path):
+    """Launchers send them to the whole group of processes: a worker that ends takes the step with it."""
+    loader = trainer(tmp_path, dataloader_num_workers=1).get_train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    assert len(list(batches)) == len(loader) - 1
+    assert not worker.is_alive()
+
+
 def test_a_folder_with_another_runs_checkpoints_is_refused(tmp_path):
     trainer(tmp_path, save_strategy="steps", save_steps=6).train()
     with pytest.raises(ValueError, match=r"holds checkpoints of another run \(checkpoint-12\)"):
@@ -513,9 +541,12 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-8"]
 
 
-def test_the_best_checkpoint_is_found_where_it_lies(tmp_path):
+@pytest.mark.parametrize("spelled", ["", "./"])
+def test_the_best_checkpoint_is_found_where_it_lies(tmp_path, monkeypatch, spelled):
+    monkeypatch.chdir(tmp_path.parent)
+    folder = f"{spelled}{tmp_path.name}" if spelled else tmp_path
     ours = trainer(
-        tmp_path,
+        folder,
         evaluation=Rows(size=12, seed=8),
         save_strategy="steps",
         save_steps=4,
@@ -527,7 +558,7 @@ def test_the_best_checkpoint_is_found_where_it_lies(tmp_path):
     best = ours.state.best_model_checkpoint
     found = {row["step"]: row["eval_accuracy"] for row in ours.state.log_history if "eval_accuracy" in row}
     assert len(found) == 3
-    assert best == str(tmp_path / f"checkpoint-{max(found, key=found.get)}")
+    assert Path(best) == Path(folder) / f"checkpoint-{max(found, key=found.get)}"
     assert (tmp_path / "checkpoint-12").exists()
     state = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == best
@@ -753,6 +784,13 @@ def test_what_was_held_back_is_told_without_a_log(tmp_path, caplog):
     assert "Everything aimed at the target had" in caplog.text
 
 
+def checkpointed():
+    """A model with BatchNorm that was told itself to compute activations twice."""
+    model = tiny_resnet()
+    model.resnet.gradient_checkpointing = True
+    return model
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -761,6 +799,7 @@ def test_what_was_held_back_is_told_without_a_log(tmp_path, caplog):
         ({"target": Rows(image_size=4)}, "pixel_values have the shapes"),
         ({"target": {"source": Rows(image_size=4)}}, "pixel_values have the shapes"),
         ({"source": Rows(image_size=16), "target": Rows(image_size=16)}, "does not take pixel_values"),
+        ({"model": checkpointed()}, "gradient_checkpointing is on and ResNet.* has BatchNorm"),
     ],
 )
 def test_what_would_fail_amid_training(options, message, tmp_path):
