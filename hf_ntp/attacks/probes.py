@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..models import batch_norms, features_and_logits, has_batch_norm
 from .attack import Attack, FineTuneProtocol, Loot, Predict
 
-_DECADES = tuple(10.0**power for power in range(-3, 4))
+_DECADES = tuple(10.0**power for power in range(-6, 7))
 _MAX_ITERATIONS = 1000
 _STATISTICS_BATCH = 64
 # Relative to the largest singular value: what rounding in float32 leaves of a direction that is not there.
