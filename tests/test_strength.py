@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.common import README
+from benchmarks.pixels import run as pixels
 from benchmarks.strength import run as module
 from benchmarks.strength.report import plot, summary, table
 from hf_ntp.attacks import FineTuneProtocol, probes
@@ -73,6 +74,17 @@ def test_the_command_is_a_module_that_workers_find(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", "--only", "no cell"])
     runpy.run_module(module.__name__, run_name="__main__")
     assert commands == [["--only", "no cell"]]
+
+
+def test_what_the_pixels_give(benchmark, monkeypatch):
+    monkeypatch.setattr(pixels, "GRID", (0.1,))
+    monkeypatch.setattr(pixels, "SAMPLE_SIZES", (10, 20))
+    few, more = pixels.accuracies("vit", "optdigits", seed=0)
+    assert 0.3 < few < more
+    committed = json.loads((Path(pixels.__file__).parent / "results.json").read_text())
+    table_of = pixels.table(committed)
+    assert (Path(pixels.__file__).parent / "table.md").read_text() == f"{table_of}\n"
+    assert table_of in (HERE / "README.md").read_text()
 
 
 def test_results_of_other_settings_are_not_kept(benchmark, monkeypatch):
