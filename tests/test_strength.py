@@ -77,9 +77,10 @@ def test_the_command_is_a_module_that_workers_find(monkeypatch):
 
 
 def test_what_the_pixels_give(benchmark, monkeypatch):
-    monkeypatch.setattr(pixels, "GRID", (0.1,))
-    monkeypatch.setattr(pixels, "SAMPLE_SIZES", (10, 20))
-    few, more = pixels.accuracies("vit", "optdigits", seed=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(pixels, "GRID", (0.1,))
+        patch.setattr(pixels, "SAMPLE_SIZES", (10, 20))
+        few, more = pixels.accuracies("vit", "optdigits", seed=0)
     assert 0.3 < few < more
     committed = json.loads((Path(pixels.__file__).parent / "results.json").read_text())
     table_of = pixels.table(committed)

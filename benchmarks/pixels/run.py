@@ -83,11 +83,11 @@ def main() -> dict[str, Any]:
     """Measure and write."""
     cells = json.loads((STRENGTH / "results.json").read_text())["cells"]
     results = {
-        f"{title}, {target}": measure(architecture, target, cells)
+        f"{title}, {target}": rounded(measure(architecture, target, cells))
         for architecture, title in NAMES.items()
         for target in dict.fromkeys(target for _, target in PAIRS)
     }
-    write_results(rounded(results), table(results), Path(__file__).parent)
+    write_results(results, table(results), Path(__file__).parent)
     print(table(results))
     return results
 
