@@ -118,7 +118,7 @@ def write_report(
         names = suite_files(record)
         for domain, suite in (attacks or {}).items():
             file, figure = names[domain]
-            _write_json(made / file, suite)
+            _write_json(made / file, _published(suite))
             plot_attacks(suite, made / figure, f"What the checkpoint is worth on {domain}")
         present = {path.name for place in (folder, made) for path in place.iterdir()}
         (made / CARD_FILE).write_text(card_text(record, repo_id, present), encoding="utf-8")
@@ -201,7 +201,7 @@ def refresh_report(
                 "say that these were not tried. Needed: all of them in one run of recipes/ntp_attack.py (--attacks; "
                 "with one --cache_dir nothing is done twice). To do without them, delete the older file first."
             )
-        suites[domain] = _published(suite)
+        suites[domain] = suite
     evidence = standard_evidence(results) + [suite_measurement(suite, name) for name, suite in suites.items()]
     changed = {key: text for key, text in (("license", license), ("text", terms)) if text is not None}
     record = {
