@@ -287,9 +287,14 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def weight_files(folder: str | Path) -> list[Path]:
+    """Weight files of a model folder, sorted."""
+    return sorted(Path(folder).glob("*.safetensors"))
+
+
 def weight_digests(folder: str | Path) -> dict[str, str]:
     """SHA-256 of every weight file of a model folder, by file name."""
-    return {path.name: file_digest(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+    return {path.name: file_digest(path) for path in weight_files(folder)}
 
 
 class Stopwatch:

@@ -51,8 +51,8 @@ class Claims:
         self.folder.mkdir(parents=True, exist_ok=True)
         generations = []
         for number in count():
-            generations.append(self.folder / f"{key}.{number}.claim")
-            path = generations[-1]
+            path = self.folder / f"{key}.{number}.claim"
+            generations.append(path)
             try:
                 with writing(path), path.open("x") as file:
                     try:
@@ -62,7 +62,7 @@ class Claims:
                         path.unlink(missing_ok=True)
                         raise
             except FileExistsError:
-                if self._alive(generations[-1]):
+                if self._alive(path):
                     return False
             else:
                 break

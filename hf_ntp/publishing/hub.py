@@ -11,6 +11,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.utils import validate_repo_id
 
 from ..metrics import SLC_AUC
+from ..run_folder import file_digest
 from .card import card_repo_ids
 from .hub_requests import REQUEST_TIMEOUT, HubError, bounded_requests, explained
 from .record import RECORD_FILE, SIGNATURE_FILE
@@ -65,8 +66,10 @@ def push_folder(
         raise ValueError(f"found gated={gated!r}; needed: 'auto', 'manual' or False")
     validate_repo_id(repo_id)
     verified = verify_folder(folder, public_key)
-    if public_key is None:
-        check_signed_files(folder)
+    signature = Path(folder) / SIGNATURE_FILE
+    if public_key is None and signature.exists():
+        record = {RECORD_FILE: file_digest(Path(folder) / RECORD_FILE)}
+        check_signed_files(signature, verified.record["files"] | record)
     named, repo_id = card_repo_ids(folder), full_repo_id(repo_id, token, timeout)
     if named and repo_id not in named:
         raise ValueError(

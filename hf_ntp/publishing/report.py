@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..data import DomainReference
 from ..evaluation.measure import SparsityReport
 from ..models.sparse_storage import SPARSE_FILE, compress_into, expand_into, free_folder
-from ..run_folder import weight_digests, whole_file, whole_folder
+from ..run_folder import weight_digests, weight_files, whole_file, whole_folder
 from .attack_report import plot_attacks
 from .card import CARD_FILE, NO_REPO, card_repo_ids, compressed_card, expanded_card, render_card
 from .errors import listed
@@ -178,9 +178,10 @@ def refresh_report(
         validate_repo_id(repo_id)
     folder = Path(folder)
     record = read_record(folder)
-    weights = weight_digests(folder)
+    digests = file_digests(folder)
+    weights = {path.name: digests[path.name] for path in weight_files(folder)}
     files = suite_files(record)
-    _check_unchanged(folder, record, weights, {file for file, _ in files.values()})
+    _check_unchanged(folder, record, digests, weights, {file for file, _ in files.values()})
     paths = [folder / file for file, _ in files.values() if (folder / file).exists()]
     results = read_results(folder) if (folder / RESULTS_FILE).exists() else None
     card, shown_id = folder / CARD_FILE, [*card_repo_ids(folder), NO_REPO][0]
@@ -222,10 +223,13 @@ def refresh_report(
 
 
 def _check_unchanged(
-    folder: Path, record: Mapping[str, Any], weights: Collection[str], suites: Collection[str]
+    folder: Path,
+    record: Mapping[str, Any],
+    found: Mapping[str, str],
+    weights: Collection[str],
+    suites: Collection[str],
 ) -> None:
     """Raise ``ValueError`` unless all that was measured is there as it was recorded; ``suites`` may be missing."""
-    found = file_digests(folder)
     noted = {name for name in record["files"] if name.endswith((".json", ".safetensors"))}
     # Weights and results that nobody recorded would be taken for those that were.
     needed = (noted - set(suites)) | {name for name in (*weights, RESULTS_FILE, *suites) if name in found}

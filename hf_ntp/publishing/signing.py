@@ -123,16 +123,16 @@ def check_signature(
         ) from error
 
 
-def check_signed_files(folder: str | Path) -> None:
-    """Check that a signature, where there is one, is over the files of a folder; whose it is takes a key to tell.
+def check_signed_files(signature: Path, digests: Mapping[str, str]) -> None:
+    """Check that a signature is over the files of its folder; whose it is takes a key to tell.
+
+    Args:
+        signature: A regular file.
+        digests: SHA-256 of every other file of the folder, by name.
 
     Raises:
         VerificationError: If it is garbage, or over other files.
     """
-    files = folder_files(folder)
-    if SIGNATURE_FILE not in files:
-        return
-    signature = regular_file(files.pop(SIGNATURE_FILE))
     _check_spelling(signature)
     envelope = json.loads(signature.read_text(encoding="utf-8"))["dsseEnvelope"]
     try:
@@ -143,8 +143,7 @@ def check_signed_files(folder: str | Path) -> None:
             f"{signature} says of no files what they are ({type(error).__name__}); needed: the file as sign_folder "
             "wrote it. Sign the folder anew, or remove it."
         ) from error
-    found = sha256_of(files)
-    if differing := sorted(name for name in {*signed, *found} if signed.get(name) != found.get(name)):
+    if differing := sorted(name for name in {*signed, *digests} if signed.get(name) != digests.get(name)):
         raise VerificationError(
             f"{signature} was made for other files (by {listed(differing)}): nobody could verify it. Sign the folder "
             "anew (hf-ntp sign), or remove the signature."

@@ -5,13 +5,13 @@ from hf_ntp.functional import adam_step_
 
 def test_steps_are_those_of_torch():
     generator = torch.Generator().manual_seed(0)
-    ours = [torch.randn(3, 4, generator=generator), torch.randn(5, 1, generator=generator)]
+    ours = [torch.randn(3, 4, generator=generator), torch.randn(5, generator=generator)]
     theirs = [tensor.clone().requires_grad_() for tensor in ours]
     optimizer = torch.optim.Adam(theirs, lr=1e-2, betas=(0.8, 0.95))
     first, second = ([torch.zeros_like(tensor) for tensor in ours] for _ in range(2))
     for step in range(1, 6):
-        # Transposed, as the gradient of a matrix product often is.
-        gradients = [torch.randn(tensor.mT.shape, generator=generator).mT for tensor in ours]
+        # One transposed, as the gradient of a matrix product often is.
+        gradients = [torch.randn(4, 3, generator=generator).T, torch.randn(5, generator=generator)]
         adam_step_(ours, gradients, first, second, step, 1e-2, (0.8, 0.95))
         for tensor, gradient in zip(theirs, gradients, strict=True):
             tensor.grad = gradient
