@@ -25,6 +25,8 @@ from .interruption import unwind_on_sigterm
 
 
 _PASSWORD = "HF_NTP_KEY_PASSWORD"
+EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)
+"""What ends a command with a sentence: mistakes of the user, files and the network, a run that diverged."""
 
 
 @dataclass(frozen=True)
@@ -314,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         with redirect_stdout(sys.stderr):
             found = command.run(options)
         print(json.dumps(found) if options.json else command.show(found))
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+    except EXPECTED as error:
         print(f"hf-ntp: {error}", file=sys.stderr)
         return 1
     return 0

@@ -6,7 +6,9 @@ A recipe brings the model to protect, and how it is pretrained where it has not 
 from __future__ import annotations
 
 import logging
+import math
 import shlex
+import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
+from hf_ntp.cli import EXPECTED
+from hf_ntp.interruption import unwind_on_sigterm
 from hf_ntp.training.arguments import PRESETS, ProtectionArguments
 
 if TYPE_CHECKING:
@@ -25,6 +29,15 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+
+def run_script(main: Callable[[list[str]], Any]) -> None:
+    """Run a recipe's ``main`` on the command line; what may go wrong ends it with a sentence, not a traceback."""
+    unwind_on_sigterm()
+    try:
+        main(sys.argv[1:])
+    except EXPECTED as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -136,6 +149,10 @@ class RecipeArguments:
         for name, least in (("attack_steps", 1), ("augment_shift", 0), ("jobs", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} is {value}; needed: at least {least}.")
+        if self.pretrain_learning_rate is not None and not 0 < self.pretrain_learning_rate < math.inf:
+            raise ValueError(
+                f"pretrain_learning_rate is {self.pretrain_learning_rate}; needed: a positive, finite number, or null."
+            )
         self.license = str(self.license or "").strip()  # YAML takes some words for others
         if not self.license:
             raise ValueError("license is empty; needed: a licence id of the Hub, such as 'mit', or 'other'.")

@@ -12,13 +12,10 @@ is OUTPUT_DIR/results.json, table.md and attacks.png.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_ntp.recipes.common import HelpFormatter, fit_protocol, read_options
-
-from hf_ntp.interruption import unwind_on_sigterm
+from hf_ntp.recipes.common import HelpFormatter, fit_protocol, read_options, run_script
 
 
 @dataclass
@@ -147,6 +144,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     from hf_ntp.evaluation.cache import local_folder
     from hf_ntp.evaluation.claims import Claims
     from hf_ntp.evaluation.controls import prune_without_protection
+    from hf_ntp.evaluation.runner import check_seeds
     from hf_ntp.evaluation.suite import check_suite, run_attacks
     from hf_ntp.models import class_names
     from hf_ntp.publishing.attack_report import attacks_table, plot_attacks
@@ -160,11 +158,20 @@ def main(argv: list[str]) -> dict[str, Any]:
         starts["unprotected"] = arguments.unprotected
     if arguments.reference is not None:
         starts["reference"] = arguments.reference
+    # Whatever is wrong with options or data shows here, before a folder is claimed for them.
     check_suite(starts, attacks, arguments.sample_sizes)
+    check_seeds(arguments.seeds)
+    if arguments.source_dataset is None and all(ATTACKS[name].needs_source for name in attacks):
+        raise ValueError(
+            f"all of the attacks ({', '.join(attacks)}) begin with authorized images; needed: some. Give "
+            "--source_dataset, or other attacks."
+        )
+    if arguments.num_source_images < 1:
+        raise ValueError(f"num_source_images is {arguments.num_source_images}; needed: at least 1.")
     ((target_name, target),) = domains.load(arguments, "target").items()
     check_target(target["train"]["label"])
     parts = {"attacker": target["train"], "validation": target["validation"], "test": target["test"]}
-    if arguments.owner_fraction > 0:
+    if arguments.owner_fraction != 0:
         _, parts["attacker"] = hf_ntp.split_owner_attacker(target["train"], arguments.owner_fraction)
     domains.check_sizes(parts["attacker"], arguments.sample_sizes, arguments.seeds)
     preparing = arguments.image_processor or arguments.checkpoint
@@ -238,5 +245,4 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    unwind_on_sigterm()
-    main(sys.argv[1:])
+    run_script(main)

@@ -19,7 +19,6 @@ labelled authorized images first and protect the classifier, as in the NTP paper
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 from hf_ntp.recipes import common
 from hf_ntp.recipes.common import SMALL_SIZE, BaseModel, given_model, small_processor
-
-from hf_ntp.interruption import unwind_on_sigterm
 
 if TYPE_CHECKING:
     from hf_ntp import NTPConfig
@@ -71,5 +68,4 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    unwind_on_sigterm()
-    main(sys.argv[1:])
+    common.run_script(main)

@@ -20,15 +20,12 @@ recipes/ntp_ssl.py has defaults for that.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ntp.recipes import common
 from hf_ntp.recipes.common import SMALL_SIZE, BaseModel, given_model, small_processor
-
-from hf_ntp.interruption import unwind_on_sigterm
 
 if TYPE_CHECKING:
     from hf_ntp import NTPConfig
@@ -51,7 +48,7 @@ def base_model(recipe: ViTArguments, config: NTPConfig, labels: list[str]) -> Ba
     import torch
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForImageClassification
 
-    from hf_ntp.models import find_head, load_model, replace_head
+    from hf_ntp.models import find_head, load_model, readable, replace_head
     from hf_ntp.training.pretraining import small_vit
 
     rate = recipe.pretrain_learning_rate
@@ -67,9 +64,10 @@ def base_model(recipe: ViTArguments, config: NTPConfig, labels: list[str]) -> Ba
             "have a head, to fine-tune it on the source. Protect the encoder as it is: recipes/ntp_ssl.py with the "
             "same options."
         )
-    model, loading = AutoModelForImageClassification.from_pretrained(
-        name, revision=revision, dtype=torch.float32, output_loading_info=True
-    )
+    with readable(name):
+        model, loading = AutoModelForImageClassification.from_pretrained(
+            name, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
     found = [model.config.id2label[i] for i in range(model.config.num_labels)]
     generic = found == [f"LABEL_{i}" for i in range(len(labels))]
     headless = any(key.startswith(find_head(model, config.head_name)[0]) for key in loading["missing_keys"])
@@ -95,5 +93,4 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    unwind_on_sigterm()
-    main(sys.argv[1:])
+    common.run_script(main)

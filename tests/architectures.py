@@ -37,6 +37,13 @@ _LEVIT = {
     "depths": [1, 1, 1],
     "key_dim": [8, 8, 8],
 }
+_PVT = {
+    "image_size": SIZE,
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [8, 8, 16, 16],
+    "num_attention_heads": [1, 1, 2, 2],
+    "mlp_ratios": [2, 2, 2, 2],
+}
 _SEGFORMER = {
     "depths": [1, 1, 1, 1],
     "hidden_sizes": [8, 8, 16, 16],
@@ -80,6 +87,7 @@ CLASSIFIERS = {
     "CLIP": (t.CLIPForImageClassification, t.CLIPConfig, {"vision_config": _VIT, "text_config": _TEXT}),
     "SigLIP": (t.SiglipForImageClassification, t.SiglipConfig, {"vision_config": _VIT, "text_config": _TEXT}),
     "MobileNetV2": (t.MobileNetV2ForImageClassification, t.MobileNetV2Config, _MOBILE),
+    "PVT": (t.PvtForImageClassification, t.PvtConfig, _PVT),
     "LeViT": (t.LevitForImageClassification, t.LevitConfig, _LEVIT),
     "SegFormer": (t.SegformerForImageClassification, t.SegformerConfig, _SEGFORMER),
     "HGNetV2": (t.HGNetV2ForImageClassification, t.HGNetV2Config, _HGNET),

@@ -117,9 +117,10 @@ def test_it_can_be_attacked(protected):
         model = load_start(Arm("it", str(saved), random_init), seed=0)
         zeros = zero_fraction(list(noted_prunable_weights(model).values()))
         assert zeros == pytest.approx(0 if random_init else 0.6, abs=0.01)
-        predicted = ATTACKS["dense"].fit(model, loot, QUICK, 1e-3, 0)(data.images)
-        assert predicted.shape == (6,)
-        assert 0 <= predicted.min() <= predicted.max() < 3
+        for name in ("dense", "lora"):
+            predicted = ATTACKS[name].fit(copy.deepcopy(model), loot, QUICK, 1e-3, 0)(data.images)
+            assert predicted.shape == (6,)
+            assert 0 <= predicted.min() <= predicted.max() < 3
 
 
 @pytest.mark.parametrize(

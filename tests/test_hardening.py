@@ -240,3 +240,20 @@ def test_features_that_hardly_differ_have_a_finite_gradient(fisher, spread, shap
     term.backward()
     assert bool(term.isfinite())
     assert bool(features.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("fisher", ["whitened", "trace_ratio"])
+def test_the_fisher_term_means_the_same_at_any_width(fisher):
+    """Of features without a class in them, and of such that are nothing else."""
+    labels = torch.arange(32) % 10
+    options = ProtectionArguments(fisher=fisher, fisher_level="pooled")
+    generator = torch.Generator().manual_seed(0)
+
+    def mean(width, signal):
+        draws = [torch.randn(32, width, generator=generator) for _ in range(20)]
+        classes = torch.randn(10, width, generator=generator)[labels] * signal
+        terms = [fisher_term(TargetBatch(draw + classes, (), labels), labels, 10, options) for draw in draws]
+        return float(torch.stack(terms).mean())
+
+    for signal in (0.0, 10.0):
+        assert mean(64, signal) == pytest.approx(mean(768, signal), rel=0.5)

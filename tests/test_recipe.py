@@ -252,6 +252,8 @@ def test_several_domains_a_third_and_no_access(recipe, tmp_path):
         (["--rho", "-1"], ValueError, "rho is -1.0"),
         (["--attack_steps", "0"], ValueError, "attack_steps is 0; needed: at least 1"),
         (["--pretrain_steps", "0"], ValueError, "pretrain_steps is 0"),
+        (["--pretrain_learning_rate", "0"], ValueError, "pretrain_learning_rate is 0.0; needed: a positive"),
+        (["--pretrain_learning_rate", "-1"], ValueError, "pretrain_learning_rate is -1.0"),
         (["--augment_shift", "-1"], ValueError, "augment_shift is -1"),
         (["--jobs", "0"], ValueError, "jobs is 0"),
         (["--license", ""], ValueError, "license is empty"),
@@ -601,6 +603,11 @@ def test_an_attack_on_other_weights_under_the_same_name_is_refused(finished, two
         (["--attacks", "dance"], "needed: names among"),
         (["--sample_sizes", "10", "100000"], "sample_sizes"),
         (["--third_dataset", "optdigits"], "third_dataset is optdigits, as target_dataset is"),
+        (["--attacks", "source_all_kept", "transntl"], "Give --source_dataset, or other attacks"),
+        (["--seeds", "0", "0"], "each of them once"),
+        (["--seeds", "-1"], "seeds are [-1]"),
+        (["--owner_fraction", "-1"], "owner_fraction is -1"),
+        (["--num_source_images", "0"], "num_source_images is 0; needed: at least 1"),
     ],
 )
 def test_bad_options_of_the_attack_recipe(finished, tmp_path, capsys, options, said):
@@ -608,3 +615,14 @@ def test_bad_options_of_the_attack_recipe(finished, tmp_path, capsys, options, s
         ntp_attack.main(attack_options(finished[0], tmp_path / "out", *options))
     assert said in str(stopped.value) + capsys.readouterr().err
     assert not (tmp_path / "out").exists(), "the corrected command may use it"
+
+
+@pytest.mark.parametrize("script", ["ntp_attack", "ntp_vit", "ntp_ssl"])
+def test_a_mistake_on_the_command_line_is_answered_with_a_sentence(script, tmp_path):
+    mistake = ["--learning_rates", "0"] if script == "ntp_attack" else ["--pretrain_learning_rate", "0"]
+    given = ["--checkpoint", "x", "--target_dataset", "mnist"] if script == "ntp_attack" else []
+    command = [sys.executable, SCRIPT.with_name(f"{script}.py"), "--output_dir", tmp_path / "run", *given, *mistake]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(f"{script}.py: ")
+    assert "Traceback" not in ended.stderr

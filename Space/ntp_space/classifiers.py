@@ -11,6 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+from safetensors import SafetensorError
 
 from .images import enlarged
 from .showcase import Showcase
@@ -87,7 +88,7 @@ class Classifiers:
         )
         try:
             return self._loaded_from(name)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"the {name} model, {given}, cannot be loaded: {error} Check {variable}.") from error
 
     def _loaded_from(self, name: str) -> Classifier:

@@ -51,13 +51,12 @@ def read_image(path: str | Path) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image))  # as `datasets` turns photographs
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"“{Path(path).name}” is not an image that can be read; needed: PNG, JPEG, WebP, BMP or GIF. "
-            "Convert it, or pick one of the examples."
+            f"“{Path(path).name}” is not an image that can be read; needed: PNG, JPEG, WebP, BMP or GIF. Convert it."
         ) from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"“{Path(path).name}” is damaged or too large to open ({error}); needed: a whole image file. "
-            "Save it again, or pick one of the examples."
+            "Save it again."
         ) from error
 
 

@@ -85,7 +85,7 @@ def _try_it(showcase: Showcase, classifiers: Classifiers | None) -> None:
             sketch = sketch_paper() if draws else None
             upload = gr.File(label="Upload an image", file_types=["image"], height=120, elem_id="upload")
         with gr.Column(scale=3, min_width=300):
-            start = f"{'Draw, upload' if draws else 'Upload'} or pick an example."
+            start = "Draw, upload or pick an example." if draws else "Upload an image."
             message = gr.HTML(words.note(start), elem_id="message")
             with gr.Row():
                 answers = [
@@ -100,16 +100,19 @@ def _try_it(showcase: Showcase, classifiers: Classifiers | None) -> None:
         sketch.input(_on_drawing(classifiers), None, **latest)
     upload.upload(partial(_answer_upload, classifiers), upload, api_name="classify", **options)
     for domain, authorized in _domains(showcase):
-        if examples := domain_examples(domain, showcase.settings.cache):
+        examples = domain_examples(domain["dataset"], showcase.settings.cache)
+        # Another domain may have the name of an embedded one; its classes are then its own.
+        if examples and {example.label for example in examples} <= set(domain["classes"]):
             word, name = ("Authorized", "authorized") if authorized else ("Not authorized", "unauthorized")
-            buttons = example_buttons(f"{word}: {domain}, test images", examples, f"examples-{name}")
-            buttons.select(_on_example(classifiers, domain, authorized, examples), None, **latest)
+            title = f"{word}: {domain['dataset']}, test images"
+            buttons = example_buttons(title, examples, f"examples-{name}")
+            buttons.select(_on_example(classifiers, domain["dataset"], authorized, examples), None, **latest)
 
 
-def _domains(showcase: Showcase) -> list[tuple[str, bool]]:
+def _domains(showcase: Showcase) -> list[tuple[dict[str, Any], bool]]:
     record = showcase.record or {"authorized_domains": [], "unauthorized_domains": []}
     parts = ((record["authorized_domains"], True), (record["unauthorized_domains"], False))
-    return [(domain["dataset"], authorized) for domains, authorized in parts for domain in domains]
+    return [(domain, authorized) for domains, authorized in parts for domain in domains]
 
 
 def _answer(classifiers: Classifiers, image: Image.Image | None, text: str, kind: str = "info") -> list[Any]:
@@ -217,7 +220,9 @@ def check_key(showcase: Showcase, path: str | None) -> str:
     try:
         verify_folder(showcase.folder, path, links_into=showcase.links_into)
     except (OSError, ValueError) as error:
-        return words.note(str(error), "bad")
+        # Where the server keeps them is nobody's business, and tells nobody which file is meant.
+        text = str(error).replace(path, Path(path).name).replace(str(showcase.folder), "the model")
+        return words.note(text, "bad")
     return words.note("All files are those the record speaks of, and the signature is valid for this key.", "good")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -67,6 +68,7 @@ class PeftTuning(Attack):
         if self.kind == "dora":
             revive_dead_channels(model, modules)
         inject_adapter_in_model(self._config(modules), model)
+        _keep_readable(model)
         for head in heads_of(model).values():
             head.requires_grad_(True)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -79,6 +81,14 @@ class PeftTuning(Attack):
             # No feed-forward modules: their inputs would be scaled, which needs names that differ by architecture.
             return IA3Config(target_modules=modules, feedforward_modules=[])
         return LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=modules, use_dora=self.kind == "dora")
+
+
+def _keep_readable(model: PreTrainedModel) -> None:
+    """Let a wrapped convolution still say how it moves: some models pad by it themselves (MobileNetV2)."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and isinstance(layer := module.get_base_layer(), nn.Conv2d):
+            for name in ("stride", "kernel_size", "padding", "dilation"):
+                setattr(module, name, getattr(layer, name))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import logging
 import os
@@ -134,6 +135,11 @@ def _load_splits(
     elif os.path.isfile(name):
         loaded = datasets.load_dataset(_file_format(name), data_files=name, cache_dir=cache)
     else:
+        if glob.has_magic(name):
+            raise ValueError(
+                f"the path {name!r} has one of * ? [, which datasets takes for a pattern; needed: a path without. "
+                "Rename the folder, or link to it by another name."
+            )
         patterns = None if config is not None else split_patterns(name)
         loaded = datasets.load_dataset(name, config, data_files=patterns, cache_dir=cache)
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})

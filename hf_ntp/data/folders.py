@@ -30,7 +30,8 @@ def split_patterns(folder: str) -> dict[str, list[str]] | None:
         a card that says which files are which, splits in the names of all files), where `datasets` has its own rules.
 
     Raises:
-        ValueError: For folders such as "Train" and "Test", which `datasets` would make one split of.
+        ValueError: For folders such as "Train" and "Test", which `datasets` would make one split of, and images whose
+            class could not be told.
     """
     root = Path(folder)
     _check_capitals(root)
@@ -42,15 +43,54 @@ def split_patterns(folder: str) -> dict[str, list[str]] | None:
     if any(path.stem == "metadata" for path in files) or all(_split_in(path.stem) for path in images):
         return None
     classes = {path.parent for path in images}
-    if Path() in classes or all(path.name in _SPLIT_OF for path in classes):
+    if classes == {Path()} or all(path.name in _SPLIT_OF for path in classes):
         return None
+    splits = {path: found for path in classes if (found := _split_above(path))}
     patterns: dict[str, set[str]] = {}
-    for path in classes:
-        for above in reversed(path.parents):
-            if split := _split_in(above.name):
-                patterns.setdefault(split, set()).add(f"{glob.escape(above.as_posix())}/**")
-                break
-    return {split: sorted(found) for split, found in patterns.items()} or {"train": ["**"]}
+    for split, above in splits.values():
+        patterns.setdefault(split, set()).add(f"{glob.escape(above.as_posix())}/**")
+    used = [path for path in images if path.parent in splits] if splits else images
+    _check_classes(folder, used, splits)
+    _check_depths(folder, used)
+    return {split: sorted(globs) for split, globs in patterns.items()} or {"train": ["**"]}
+
+
+def _split_above(path: Path) -> tuple[str, Path] | None:
+    """Split of a folder of images, and the folder above it whose name says so."""
+    found = ((_split_in(above.name), above) for above in reversed(path.parents))
+    return next(((split, above) for split, above in found if split), None)
+
+
+def _check_classes(folder: str, images: list[Path], splits: dict[Path, tuple[str, Path]]) -> None:
+    """Refuse folders of one name that do not lie side by side: `datasets` would make one class of them."""
+    first: dict[tuple[str, str], Path] = {}
+    for path in sorted({image.parent for image in images}):
+        split, above = splits.get(path, ("train", Path()))
+        if path.parent == above:
+            continue
+        other = first.setdefault((split, path.name), path)
+        if other != path:
+            raise ValueError(
+                f"{folder!r} has the folders {str(other)!r} and {str(path)!r}: the class of an image is the name of "
+                "the folder it is in, so that these would be one; needed: one folder per class and split. Move the "
+                "images of each class into one folder."
+            )
+
+
+def _check_depths(folder: str, images: list[Path]) -> None:
+    """Refuse folders of whose images `datasets` would take the labels away."""
+    shallow, deep = (choose(images, key=lambda path: (len(path.parts), path)) for choose in (min, max))
+    if len(shallow.parts) < len(deep.parts):
+        raise ValueError(
+            f"{folder!r} has images at different depths, such as {str(shallow)!r} and {str(deep)!r}; needed: every "
+            "image in a folder that is named after its class, all at one depth. Move or remove those that are not."
+        )
+    names = {path.parent.name for path in images}
+    if len(names) == 1:
+        raise ValueError(
+            f"all images of {folder!r} are in folders called {names.pop()!r}: the class of an image is the name of "
+            "the folder it is in; needed: two classes or more. Move them up if their class is a folder above."
+        )
 
 
 def _split_in(name: str) -> str | None:

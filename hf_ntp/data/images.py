@@ -102,6 +102,8 @@ class PixelScaling:
             torch.tensor(np.broadcast_to(np.asarray(value, dtype=np.float32), 3).reshape(3, 1, 1).copy())
             for value in (mean, std)
         )
+        if _divides_twice(image_processor):
+            self.std = self.std * self.std
         self._check_against(image_processor)
 
     def __call__(self, pixels: np.ndarray) -> torch.Tensor:
@@ -111,16 +113,17 @@ class PixelScaling:
         return rescaled.to(torch.float32).sub_(self.mean).div_(self.std)
 
     def _check_against(self, image_processor: BaseImageProcessor) -> None:
-        levels = np.random.default_rng(0).integers(0, 256, size=(16, 16, 3), dtype=np.uint8)
-        probe = Image.fromarray(levels)
-        expected = np.asarray(image_processor([probe])["pixel_values"][0], dtype=np.float32)
-        found = self(_resized([probe], image_processor))[0].numpy()
-        if found.shape != expected.shape or not np.allclose(found, expected, atol=1e-5):
-            raise ValueError(
-                f"{type(image_processor).__name__} does more than resize, crop, rescale and normalise; its "
-                "pixels cannot be stored before normalisation. Use a plain processor of equal size, mean and "
-                "std, such as ViTImageProcessorPil."
-            )
+        for shape in ((16, 16, 3), (16, 24, 3)):  # who pads may do so after normalising
+            levels = np.random.default_rng(0).integers(0, 256, size=shape, dtype=np.uint8)
+            probe = Image.fromarray(levels)
+            expected = np.asarray(image_processor([probe])["pixel_values"][0], dtype=np.float32)
+            found = self(_resized([probe], image_processor))[0].numpy()
+            if found.shape != expected.shape or not np.allclose(found, expected, atol=1e-5):
+                raise ValueError(
+                    f"{type(image_processor).__name__} does more than resize, crop, rescale and normalise; its "
+                    "pixels cannot be stored before normalisation. Use a plain processor of equal size, mean and "
+                    "std, such as ViTImageProcessorPil."
+                )
 
 
 def check_processor(image_processor: BaseImageProcessor) -> None:
@@ -141,9 +144,17 @@ def check_processor(image_processor: BaseImageProcessor) -> None:
         raise ValueError(f"{name} has no {', '.join(missing)}; all of {needed} are needed. Set them. {fix}")
 
 
+def _divides_twice(image_processor: Any) -> bool:
+    """Whether a processor divides by the standard deviation once more, whatever else it does (EfficientNet)."""
+    return bool(getattr(image_processor, "include_top", False))
+
+
 def _resized(images: list[Image.Image], image_processor: BaseImageProcessor) -> np.ndarray:
     """Return the images resized and cropped by the processor, uint8 ``[n, 3, height, width]``."""
-    processed = image_processor(images, do_rescale=False, do_normalize=False)["pixel_values"]
+    steps: dict[str, Any] = {"do_rescale": False, "do_normalize": False}
+    if _divides_twice(image_processor):
+        steps["include_top"] = False
+    processed = image_processor(images, **steps)["pixel_values"]
     shapes = sorted({np.shape(image) for image in processed})
     if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][0] != 3 or processed[0].dtype != np.uint8:
         raise ValueError(_shape_problem(image_processor, shapes, str(processed[0].dtype)))
@@ -179,7 +190,7 @@ def preprocess(
     """
     check_processor(image_processor)
     return _preprocess(
-        dataset, image_processor, _pixels_fingerprint(dataset_content(dataset), image_processor), num_proc
+        dataset, image_processor, _pixels_fingerprint(dataset, dataset_content(dataset), image_processor), num_proc
     )
 
 
@@ -189,16 +200,17 @@ def _preprocess(
     if len(dataset) == 0:
         raise ValueError("found a dataset without rows; one image at least is needed. Check its filters.")
     columns = list(find_columns(dataset))
+    mode = dataset.features[columns[0]].mode
     # Decoded row by row here, so that an error can say which.
     dataset = dataset.select_columns(columns).with_format(None).cast_column(columns[0], datasets.Image(decode=False))
-    shape = _resized([_rgb_row(dataset[0][columns[0]], 0)], image_processor).shape[1:]
+    shape = _resized([_rgb_row(dataset[0][columns[0]], 0, mode)], image_processor).shape[1:]
     label = dataset.features[columns[1]]
     features = datasets.Features({"pixels": datasets.Array3D(shape, "uint8"), "label": label})
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_ntp_pixels"
     folder.mkdir(parents=True, exist_ok=True)
     return dataset.map(
         _store_pixels,
-        fn_kwargs={"image_processor": image_processor, "shape": shape},
+        fn_kwargs={"image_processor": image_processor, "shape": shape, "mode": mode},
         input_columns=columns,
         with_indices=True,
         batched=True,
@@ -219,21 +231,30 @@ def _store_pixels(
     rows: list[int],
     image_processor: BaseImageProcessor,
     shape: SHAPE,
+    mode: str | None,
 ) -> dict[str, Any]:
-    rgb = [_rgb_row(image, row) for image, row in zip(images, rows, strict=True)]
-    pixels = _resized(rgb, image_processor)
-    if pixels.shape[1:] != shape:
-        raise ValueError(_shape_problem(image_processor, [shape, pixels.shape[1:]]))
+    pixels = np.empty((len(images), *shape), np.uint8)
+    # One at a time: decoded photos are large.
+    for i, (image, row) in enumerate(zip(images, rows, strict=True)):
+        resized = _resized([_rgb_row(image, row, mode)], image_processor)[0]
+        if resized.shape != shape:
+            raise ValueError(_shape_problem(image_processor, [shape, resized.shape]))
+        pixels[i] = resized
     return {"pixels": pixels, "label": labels}
 
 
-def _rgb_row(stored: dict[str, Any] | None, row: int) -> Image.Image:
+def _rgb_row(stored: dict[str, Any] | None, row: int, mode: str | None) -> Image.Image:
     """Decode an image and return ``to_rgb`` of it; errors name the row, and the file where there is one."""
     if stored is None:
         raise ValueError(f"row {row} has no image; every row needs one. Filter such rows out first.")
     place = f"row {row} ({stored['path']})" if stored["path"] else f"row {row}"
     try:
-        image = datasets.Image().decode_example(stored)
+        image = datasets.Image(mode=mode).decode_example(stored)
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{place}: the image is too large ({error}); needed: fewer pixels. Shrink it, or, if you trust its "
+            "source, raise PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
         raise ValueError(f"{place}: the image cannot be read ({error}). Repair or remove it.") from error
     try:
@@ -251,8 +272,10 @@ def check_pixels(data: object, name: str) -> None:
         )
 
 
-def _pixels_fingerprint(content: Content, image_processor: BaseImageProcessor) -> str:
-    settings = json.dumps([PIXELS_VERSION, image_processor.to_dict()], sort_keys=True, default=str)
+def _pixels_fingerprint(dataset: datasets.Dataset, content: Content, image_processor: BaseImageProcessor) -> str:
+    mode = dataset.features[find_image_column(dataset)].mode
+    described = [PIXELS_VERSION, image_processor.to_dict(), *([] if mode is None else [mode])]
+    settings = json.dumps(described, sort_keys=True, default=str)
     return hashlib.sha256(f"{content.labelled} {settings}".encode()).hexdigest()
 
 
@@ -313,9 +336,15 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
             The pixel dataset.
 
         Raises:
+            TypeError: If it is no dataset but several, or a stream.
             ValueError: If columns, labels, images or the processor cannot be used.
         """
         check_processor(image_processor)
+        if not isinstance(dataset, datasets.Dataset):
+            raise TypeError(
+                f"the dataset is {type(dataset).__name__}; needed: a datasets.Dataset, one split and no stream. "
+                "Pass dataset['train'], or read a stream into one with datasets.Dataset.from_list(list(stream))."
+            )
         if dataset.format["type"] == "custom":
             raise ValueError(
                 "the dataset has a transform of its own (set_transform, with_transform), which would not be applied: "
@@ -331,7 +360,7 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
             images = dataset.select_columns(find_image_column(dataset))
             dataset = images.add_column("label", [NO_LABEL] * len(images))
         content = dataset_content(dataset)
-        fingerprint = _pixels_fingerprint(content, image_processor)
+        fingerprint = _pixels_fingerprint(dataset, content, image_processor)
         pixels = _preprocess(dataset, image_processor, fingerprint, num_proc)
         return cls(pixels, image_processor, fingerprint=fingerprint, content=content)
 

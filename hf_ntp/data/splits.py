@@ -75,8 +75,13 @@ def split_owner_attacker(
         The owner's and the attacker's dataset.
 
     Raises:
+        TypeError: If ``train`` is not one split.
         ValueError: If the fraction is not between 0 and 1, or a class would be missing from one of the parts.
     """
+    if not isinstance(train, datasets.Dataset):
+        raise TypeError(
+            f"train is {type(train).__name__}; needed: a datasets.Dataset, one split, such as data['train']."
+        )
     if not 0 < owner_fraction < 1:
         raise ValueError(f"owner_fraction is {owner_fraction}; it must lie between 0 and 1. Pass 0.75, say.")
     labels = np.asarray(column_values(train, find_columns(train)[1]))

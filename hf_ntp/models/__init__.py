@@ -28,6 +28,7 @@ from .encoder import (
     recorded_features,
     replace_head,
     stage_tokens,
+    without_randomness,
     zero_fraction,
 )
 from .headless import (
@@ -39,6 +40,7 @@ from .headless import (
     mask_noise,
     plain_model,
     pooled_features,
+    readable,
     reconstructs,
     untrained,
     with_head,
@@ -73,6 +75,7 @@ __all__ = [
     "plain_model",
     "pooled_features",
     "prunable_weights",
+    "readable",
     "reconstructs",
     "recorded_features",
     "replace_head",
@@ -81,5 +84,6 @@ __all__ = [
     "stage_tokens",
     "untrained",
     "with_head",
+    "without_randomness",
     "zero_fraction",
 ]

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from .batch_norm import batch_norms
-from .encoder import blocks_of, layers_with_weights, noted_prunable_weights
+from .encoder import blocks_of, layer_weights, noted_prunable_weights
 from .headless import EncoderWithHead
 
 # Half of the old weights and half of fresh ones (Ash & Adams, 2020, "shrink and perturb").
@@ -46,14 +46,20 @@ def _belongs(model: PreTrainedModel, module: str) -> list[str]:
 
 
 def reset_norms(model: PreTrainedModel, seed: int) -> dict[str, float]:
-    """Give every norm layer (layer, batch, group) its initial scale, shift and statistics."""
+    """Give every norm layer (layer, batch, group, root mean square) its initial scale, shift and statistics."""
     left: dict[str, float] = {}
+    bare: list[str] = []
     for name, module in model.named_modules():
         # By the name of its class: norm layers have no common base class.
-        if "norm" in type(module).__name__.lower() and hasattr(module, "reset_parameters"):
+        if "norm" not in type(module).__name__.lower():
+            continue
+        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
+        if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-            left |= {f"{name}.{parameter}": 0.0 for parameter, _ in module.named_parameters(recurse=False)}
-    return left
+            left |= dict.fromkeys(own, 0.0)
+        else:
+            bare += own
+    return left | (_reinitialise(model, bare, seed) if bare else {})
 
 
 def keep_statistics(model: PreTrainedModel, seed: int) -> dict[str, float]:
@@ -72,10 +78,10 @@ def renormalize(model: PreTrainedModel, seed: int) -> dict[str, float]:
     """Scale every linear and convolutional weight to the norm that a fresh one has: undoes rescaling tricks."""
     fresh = fresh_model(model, seed)
     left = {}
-    for name in layers_with_weights(model):
-        weight, length = model.get_parameter(f"{name}.weight"), fresh.get_parameter(f"{name}.weight").norm()
-        left[f"{name}.weight"] = float(length / weight.norm().clamp_min(1e-12))
-        weight.mul_(left[f"{name}.weight"])
+    for name in layer_weights(model):
+        weight, length = model.get_parameter(name), fresh.get_parameter(name).norm()
+        left[name] = float(length / weight.norm().clamp_min(1e-12))
+        weight.mul_(left[name])
     return left
 
 
@@ -115,7 +121,12 @@ def reinit_stem(model: PreTrainedModel, seed: int) -> dict[str, float]:
         children = model.get_submodule(first).named_children()
         stem = next(name for name, child in children if any(True for _ in child.parameters()))
         return _reinitialise(model, _belongs(model, f"{first}.{stem}"), seed)
-    return _reinitialise(model, names[:start], seed)
+    # What belongs to later stages may come before the first block, too: patch embeddings of a PVT.
+    home = first.rpartition(".")[0].rpartition(".")[0]
+    beside = model.get_submodule(home).named_children()
+    lists = {f"{home}.{name}".lstrip("."): len(part) for name, part in beside if isinstance(part, nn.ModuleList)}
+    later = tuple(f"{name}.{i}." for name, size in lists.items() for i in range(1, size))
+    return _reinitialise(model, [name for name in names[:start] if not name.startswith(later)], seed)
 
 
 def reinit_first_block(model: PreTrainedModel, seed: int) -> dict[str, float]:

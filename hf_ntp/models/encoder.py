@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .sharding import whole
@@ -26,7 +27,9 @@ def notes_of(model: PreTrainedModel) -> Mapping[str, Any]:
 
 
 def find_head(model: PreTrainedModel, head_name: str | None = None) -> tuple[str, nn.Linear]:
-    """Find the classification head: the one ``nn.Linear`` outside the base model with ``num_labels`` outputs.
+    """Find the classification head: the ``nn.Linear`` outside the base model with ``num_labels`` outputs.
+
+    Of several alike, such as that for distillation of a DeiT beside its own, it is the first.
 
     Args:
         model: Any model with an image-classification head.
@@ -36,7 +39,7 @@ def find_head(model: PreTrainedModel, head_name: str | None = None) -> tuple[str
         The head's dotted name and module.
 
     Raises:
-        ValueError: If there is no such layer or more than one.
+        ValueError: If there is no such layer, or several that differ.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     head_name = head_name or notes_of(model).get("head_name")
@@ -53,7 +56,8 @@ def find_head(model: PreTrainedModel, head_name: str | None = None) -> tuple[str
         for name, module in linears.items()
         if module.out_features == model.config.num_labels and not name.startswith(body)
     ]
-    if len(heads) != 1:
+    # Of several alike, the first is what counts: see heads_of.
+    if len({(linears[name].in_features, linears[name].out_features) for name in heads}) != 1:
         raise ValueError(
             f"{type(model).__name__} has {len(heads)} linear layers with num_labels={model.config.num_labels} outputs "
             f"outside its base model ({heads}); needed: exactly one classification head. Load the checkpoint with "
@@ -160,7 +164,7 @@ def prunable_weights(
         ValueError: If nothing is left to prune.
     """
     heads = heads_of(model, head_name)
-    default = {f"{name}.weight" for name in layers_with_weights(model) if "embed" not in name and name not in heads}
+    default = {name for name in layer_weights(model) if "embed" not in name and name.rpartition(".")[0] not in heads}
     chosen = {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -179,6 +183,17 @@ def prunable_weights(
 def layers_with_weights(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every linear and convolutional layer by dotted name, stem and head included, whatever the checkpoint notes."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _WEIGHT_MODULES)}
+
+
+def layer_weights(model: PreTrainedModel) -> list[str]:
+    """Names of the weights of these layers, and of the projections that an `nn.MultiheadAttention` holds itself."""
+    return [
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        for own, _ in module.named_parameters(recurse=False)
+        if (isinstance(module, _WEIGHT_MODULES) and own == "weight")
+        or (isinstance(module, nn.MultiheadAttention) and own.endswith("proj_weight"))
+    ]
 
 
 def noted_prunable_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -286,6 +301,26 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_()
+
+
+@contextmanager
+def without_randomness(model: nn.Module) -> Iterator[None]:
+    """Let a model in training draw nothing at random: no dropout, no dropped paths, no shifted positions (DINOv3).
+
+    BatchNorm goes on as in training, and so does gradient checkpointing, which asks the blocks for their mode.
+    """
+    random = [
+        module
+        for module in model.modules()
+        if module.training and not isinstance(module, _BatchNorm) and not hasattr(module, "gradient_checkpointing")
+    ]
+    for module in random:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in random:
+            module.training = True
 
 
 class LiveWeights(NamedTuple):

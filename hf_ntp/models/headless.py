@@ -17,12 +17,13 @@ import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
-from .encoder import fresh_head, notes_of
+from .encoder import fresh_head, heads_of, notes_of
 
 _CLASSIFIER = "ForImageClassification"
 # "ViTMAEForPreTraining" is a task around an encoder, "PoolFormerModel" is an encoder.
@@ -80,12 +81,35 @@ def load_model(
     config = AutoConfig.from_pretrained(checkpoint, revision=revision)
     kind: Any = _class_of(config)
     if not random_init:
-        model = kind.from_pretrained(checkpoint, revision=revision, dtype=torch.float32)
+        options: Any = {"revision": revision, "dtype": torch.float32}
+        with readable(checkpoint):
+            model, report = kind.from_pretrained(checkpoint, output_loading_info=True, **options)
+        if kind is AutoModelForImageClassification and _CLASSIFIER not in str(config.architectures):
+            # Nothing but the type of the model said that there is a head.
+            heads = heads_of(model, head_name)
+            if any(key.rpartition(".")[0] in heads for key in report["missing_keys"]):
+                model = AutoModel.from_pretrained(checkpoint, **options)
     elif hasattr(kind, "from_config"):
         model = kind.from_config(config, dtype=torch.float32)
     else:
         model = untrained(kind, config).float()
     return with_head(model, head_name, encoder_name)
+
+
+@contextmanager
+def readable(checkpoint: str) -> Iterator[None]:
+    """Say which checkpoint it is whose weights turn out to be unreadable.
+
+    Raises:
+        ValueError: Instead of what safetensors raises, which names neither.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of {checkpoint} cannot be read ({error}); needed: whole files. They may be cut off, or "
+            "pointers of Git LFS in their place: download them again."
+        ) from error
 
 
 def hub_id(checkpoint: str | None) -> str | None:
@@ -264,6 +288,9 @@ class EncoderWithHead(PreTrainedModel):
             return f"encoder.{self.encoder_name}"
         task = _TASK.search(type(self.encoder).__name__)
         body = self.encoder.base_model if task else self.encoder
+        towers = dict(self.encoder.named_children())
+        if {"text_model", "vision_model"} <= towers.keys():  # CLIP, SigLIP
+            body = towers["vision_model"]
         return next(name for name, module in self.named_modules() if module is body)
 
     def _probe(self) -> int:

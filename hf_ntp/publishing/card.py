@@ -101,11 +101,11 @@ def card_data(record: Mapping[str, Any], name: str) -> ModelCardData:
             for found in accuracy.get("domains", single)
         ]
     domains = {domain["name"]: domain for domain in record["unauthorized_domains"]}
-    areas = {  # one value for one name: the last measurement's
-        (measurement["domain"], attack): found["protected"]["normalized"]
-        for measurement in record["evidence"]
-        for attack, found in measurement["attacks"].items()
-    }
+    areas: dict[tuple[str, str], float] = {}  # one value for one name: that of the strongest attacker
+    for measurement in record["evidence"]:
+        for attack, found in measurement["attacks"].items():
+            area, key = found["protected"]["normalized"], (measurement["domain"], attack)
+            areas[key] = max(area, areas.get(key, area))
     evaluations += [
         _result(domains[domain], "slc_auc", f"SLC-AUC normalized, {attack_label(attack)}", area)
         for (domain, attack), area in areas.items()
@@ -189,7 +189,7 @@ def render_card(
         card_data(record, repo_id.rpartition("/")[2]),
         template_path=template_path(),
         record=record,
-        auto_class="AutoModelForImageClassification" if _classifies(record) else "AutoModel",
+        model_class=_model_class(record),
         repo_id=repo_id,
         loading=_COMPRESSED if compressed else _DENSE,
         processed=processed,
@@ -210,6 +210,19 @@ def render_card(
 
 def _classifies(record: Mapping[str, Any]) -> bool:
     return "ForImageClassification" in record["architecture"]  # DeiT has one WithTeacher
+
+
+def _model_class(record: Mapping[str, Any]) -> str:
+    """Name of the class of transformers that loads the model as it was protected."""
+    if _classifies(record):
+        return "AutoModelForImageClassification"
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES  # loads torch
+
+    own = record["architecture"]
+    known = any(own in ((names,) if isinstance(names, str) else names) for names in MODEL_MAPPING_NAMES.values())
+    # AutoModel may know another one of the family: without a projection or a decoder; or none.
+    return "AutoModel" if known or not hasattr(transformers, own) else own
 
 
 def _access(record: Mapping[str, Any]) -> str:

@@ -75,8 +75,9 @@ def _check_name(name: str, spellings: dict[str, str]) -> None:
 def _left_by_download(name: str) -> bool:
     if name == ".gitattributes":
         return True
+    listing = name.startswith(".cache/huggingface/trees/") and name.endswith(".json")
     notes = name.endswith((".metadata", ".lock", "/.gitignore", "/CACHEDIR.TAG"))
-    return name.startswith(".cache/huggingface/") and notes
+    return listing or (name.startswith(".cache/huggingface/") and notes)
 
 
 def regular_file(path: Path, links_into: str | Path | None = None) -> Path:

@@ -114,12 +114,14 @@ def check_signature(
         verifier.verify(folder, signature)
     except InvalidSignature as error:
         raise VerificationError(
-            f"{signature} does not verify with {public_key}: what it signs was changed. Download the folder anew."
+            f"{folder}: {SIGNATURE_FILE} does not verify with {public_key}: what it signs was changed. Download the "
+            "folder anew."
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise VerificationError(
-            f"{signature} does not verify with {public_key} ({_told(error)}); needed: a signature by this key "
-            "over exactly the files there. Download the folder anew and check with its owner that the key is theirs."
+            f"{folder}: {SIGNATURE_FILE} does not verify with {public_key} ({_told(error)}); needed: a signature by "
+            "this key over exactly the files there. Download the folder anew and check with its owner that the key is "
+            "theirs."
         ) from error
 
 
@@ -232,15 +234,17 @@ def check_public_key(path: str | Path) -> None:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    data = _read_pem(path, "public key")
+    data = _read_pem(path, private=False)
     if b"PRIVATE KEY" in data:
-        raise _wrong_key(path, "a private key", "its public half, as `openssl ec -pubout` writes it")
+        raise _wrong_key(path, "a private key", "its public half, as `openssl ec -pubout` writes it", False)
     try:
         key = load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise _wrong_key(path, "PEM without a readable public key", "as `openssl ec -pubout` writes it") from error
+        raise _wrong_key(
+            path, "PEM without a readable public key", "as `openssl ec -pubout` writes it", False
+        ) from error
     if not isinstance(key, EllipticCurvePublicKey) or key.curve.name not in _CURVES:
-        raise _wrong_key(path, _kind(key), f"an elliptic-curve key on {', '.join(_CURVES.values())}")
+        raise _wrong_key(path, _kind(key), f"an elliptic-curve key on {', '.join(_CURVES.values())}", False)
 
 
 def _check_private_key(path: str | Path, password: bytes | None) -> None:
@@ -248,29 +252,30 @@ def _check_private_key(path: str | Path, password: bytes | None) -> None:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    data = _read_pem(path, "private key")
+    data = _read_pem(path, private=True)
     if b"PUBLIC KEY" in data:
-        raise _wrong_key(path, "a public key", "the private key that belongs to it")
+        raise _wrong_key(path, "a public key", "the private key that belongs to it", True)
     try:
         key = load_pem_private_key(data, password)
     except TypeError as error:
         if password is None:
-            raise _wrong_key(path, "an encrypted key without a password", "its password=") from error
-        raise _wrong_key(path, "a key that is not encrypted and a password", "no password") from error
+            raise _wrong_key(path, "an encrypted key without a password", "its password=", True) from error
+        raise _wrong_key(path, "a key that is not encrypted and a password", "no password", True) from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise _wrong_key(path, f"PEM that cannot be read ({error})", "an intact key and its password") from error
+        raise _wrong_key(path, f"PEM that cannot be read ({error})", "an intact key and its password", True) from error
     if not isinstance(key, EllipticCurvePrivateKey) or key.curve.name not in _CURVES:
-        raise _wrong_key(path, _kind(key), f"an elliptic-curve key on {', '.join(_CURVES.values())}")
+        raise _wrong_key(path, _kind(key), f"an elliptic-curve key on {', '.join(_CURVES.values())}", True)
 
 
-def _read_pem(path: str | Path, what: str) -> bytes:
+def _read_pem(path: str | Path, private: bool) -> bytes:
+    what = "private key" if private else "public key"
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_KEY_BYTES)
     except OSError as error:
-        raise _wrong_key(path, f"no readable file ({error.strerror})", f"a PEM file with a {what}") from error
+        raise _wrong_key(path, f"no readable file ({error.strerror})", f"a PEM file with a {what}", private) from error
     if b"-----BEGIN " not in data:
-        raise _wrong_key(path, "a file that is not PEM", f'a {what} that starts with "-----BEGIN"')
+        raise _wrong_key(path, "a file that is not PEM", f'a {what} that starts with "-----BEGIN"', private)
     return data
 
 
@@ -279,8 +284,10 @@ def _kind(key: Any) -> str:
     return f"a key on the curve {curve}" if curve else f"a key of type {type(key).__name__}"
 
 
-def _wrong_key(path: str | Path, found: str, needed: str) -> VerificationError:
-    return VerificationError(
-        f"{path}: {found} found; needed: {needed}. Make a key with `openssl ecparam -name prime256v1 -genkey -noout "
-        "-out key.pem` and its public half with `openssl ec -in key.pem -pubout -out key.pub.pem`."
+def _wrong_key(path: str | Path, found: str, needed: str, private: bool) -> VerificationError:
+    fix = (
+        "Make a key with `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`."
+        if private
+        else "Get it from the owner of the model, who makes it with `openssl ec -in key.pem -pubout -out key.pub.pem`."
     )
+    return VerificationError(f"{path}: {found} found; needed: {needed}. {fix}")

@@ -30,6 +30,8 @@ def _weights(given: dict[str, float] | str | None, option: str) -> dict[str, flo
     return weights
 
 
+_LEAST_SHRINKAGE = 1e-4
+"""Of the whitened criterion, for which a Cholesky factor in float32 still exists."""
 _OURS_OFF: dict[str, Any] = {
     "source_distillation": 0.0,
     "source_tolerance": [],
@@ -334,10 +336,11 @@ class ProtectionArguments:
         for name in ("fisher_shrinkage", "target_warmup", *shares):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed: a value in [0, 1].")
-        if self.fisher == "whitened" and self.fisher_shrinkage == 0:
+        if self.fisher == "whitened" and self.fisher_shrinkage < _LEAST_SHRINKAGE:
             raise ValueError(
-                "fisher is 'whitened' and fisher_shrinkage is 0; needed: a positive share, such as 0.1. The scatter "
-                "matrix of a batch smaller than the feature width cannot be inverted."
+                f"fisher is 'whitened' and fisher_shrinkage is {self.fisher_shrinkage}; needed: a share of "
+                f"{_LEAST_SHRINKAGE:g} or more, such as 0.1. The scatter matrix of a batch smaller than the feature "
+                "width cannot be inverted, nor, in float32, one next to it."
             )
         if not 0 <= self.pruning_begin < self.pruning_end <= 1:
             raise ValueError(

@@ -145,6 +145,7 @@ class AttackerPool:
         options: Options that begin with ``attacker``; at least one attacker per domain.
         seed: Seed of all plans; the same on every rank.
         shares: Of the domains in the slots; equal by default.
+        num_classes: Classes of every domain, with those that have no image; by default up to the largest label.
     """
 
     def __init__(
@@ -156,9 +157,10 @@ class AttackerPool:
         options: ProtectionArguments,
         seed: int,
         shares: Sequence[float] | None = None,
+        num_classes: Mapping[str, int] | None = None,
     ) -> None:
         self.model, self.head, self.options, self.seed = model, head, options, seed
-        self.num_classes = {name: int(values.max()) + 1 for name, values in labels.items()}
+        self.num_classes = num_classes or {name: int(values.max()) + 1 for name, values in labels.items()}
         self._domains = slot_domains(list(labels), options.attackers, shares)
         # Cross-entropy of somebody who knows how frequent the classes are and nothing else, in nats.
         self.chance = {name: _entropy(values) for name, values in labels.items()}

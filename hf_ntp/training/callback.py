@@ -32,7 +32,7 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add the penalty's gradient, after clipping: the clip is for the task's gradient."""
-        self.trainer.pruner.add_penalty_gradient()
+        self.trainer.add_penalty(state.global_step + 1, state.max_steps)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

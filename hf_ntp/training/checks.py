@@ -68,7 +68,7 @@ def check_sizes(source: Dataset, targets: Mapping[str, Dataset]) -> None:
 
 @torch.no_grad()
 def check_call(network: PreTrainedModel, source: Dataset) -> None:
-    """Raise ``ValueError`` where a model does not classify images that it gets as "pixel_values"."""
+    """Raise ``ValueError`` where a model does not take the images as "pixel_values", or gives no logits for them."""
     image = torch.as_tensor(source[0]["pixel_values"])[None].to(network.device, network.dtype)
     training = network.training
     try:
@@ -76,8 +76,8 @@ def check_call(network: PreTrainedModel, source: Dataset) -> None:
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{type(network).__name__} does not take pixel_values of shape {tuple(image.shape)} and return logits "
-            f"({type(error).__name__}: {str(error)[:200]}); needed: an image classifier of transformers, and images "
-            "as its image processor makes them. Check processing_class, and that config.return_dict is True."
+            f"({type(error).__name__}: {str(error)[:200]}); needed: a vision model of transformers, and images as "
+            "its image processor makes them. Check processing_class, and that config.return_dict is True."
         ) from error
     finally:
         network.train(training)
@@ -153,6 +153,28 @@ def check_fit(network: PreTrainedModel, args: NTPConfig, rows: int, targets: int
             f"{rows} rows in batches of {args.per_device_train_batch_size} make a batch of one image; needed: at "
             "least two, or BatchNorm has nothing to average. Set dataloader_drop_last=True or another batch size."
         )
+
+
+def check_pairs(labels: Mapping[str, np.ndarray], batch: int) -> None:
+    """Warn where a batch hardly ever has two images of one class: the Fisher term is then a constant.
+
+    Args:
+        labels: Of every unauthorized domain, [N] each, by name.
+        batch: Images of a domain in a batch, over all processes.
+    """
+    for name, found in labels.items():
+        shares = np.unique(found, return_counts=True)[1] / len(found)
+        pairs = batch * (batch - 1) / 2 * float(np.square(shares).sum())
+        if pairs < 1:
+            logger.warning(
+                "A batch has %d images of the target %r in %d classes, on average %.2g pairs of one class: without "
+                "any, the Fisher term has no gradient. Raise per_device_train_batch_size (accumulation does not "
+                "help), or set fisher_weight=0 to save its time.",
+                batch,
+                name,
+                len(shares),
+                pairs,
+            )
 
 
 def frozen_layers(network: PreTrainedModel, head_name: str) -> list[str]:

@@ -129,10 +129,10 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
                 f"accelerate's mixed precision is {self.mixed_precision!r}; needed: 'no', 'bf16' or 'fp16'. Launch "
                 "with --mixed_precision, or run `accelerate config`."
             )
-        if self.fp16 and self.max_grad_norm == 0:
+        if self.fp16 and self.max_grad_norm <= 0:
             raise ValueError(
-                "fp16 is on and max_grad_norm is 0: gradients are still scaled when the ADMM penalty is added. "
-                f"Use bf16, or a positive max_grad_norm.{_LAUNCHER}"
+                f"fp16 is on and max_grad_norm is {self.max_grad_norm}: gradients are still scaled when the ADMM "
+                f"penalty is added. Use bf16, or a positive max_grad_norm.{_LAUNCHER}"
             )
         if self.fp16 and self.attackers:
             raise ValueError(

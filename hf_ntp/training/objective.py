@@ -32,6 +32,8 @@ from .distributed import average, gather_rows
 from .target_head import TargetHead
 
 _FISHER = {"trace_ratio": trace_ratio, "whitened": whitened_discriminant}
+_WIDTH = 64
+"""Of the features for which the weight of the whitened criterion was chosen."""
 
 
 class TargetBatch(NamedTuple):
@@ -64,6 +66,8 @@ def fisher_term(batch: TargetBatch, labels: Tensor, num_classes: int, options: P
     """Fisher criterion of the target features, averaged over the levels it acts on: a scalar to be minimised.
 
     With the stages, class information cannot survive inside the encoder where fine-tuning would bring it out again.
+    The whitened criterion grows with the width of the features, up to D / shrinkage; one ``fisher_weight`` shall mean
+    the same in models of any size, so that it is multiplied by 64 / (width of the widest level).
 
     Args:
         batch: This process's part.
@@ -83,7 +87,8 @@ def fisher_term(batch: TargetBatch, labels: Tensor, num_classes: int, options: P
             # Shrinkage alike in all directions would leave class information in those of small variance.
             together = standardized(together)
         terms.append(_FISHER[options.fisher](together, labels, num_classes, options.fisher_shrinkage))
-    return torch.cat(terms).mean()
+    mean = torch.cat(terms).mean()
+    return mean * (_WIDTH / max(by_width)) if options.fisher == "whitened" else mean
 
 
 def collapse_term(target: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:

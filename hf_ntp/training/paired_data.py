@@ -201,6 +201,11 @@ def labels_of(dataset: Dataset, name: str) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def count_classes(dataset: Dataset, labels: np.ndarray) -> int:
+    """Classes of a dataset: as many as have names, also where some have no image, or else up to the largest label."""
+    return max(len(getattr(dataset, "class_names", None) or ()), int(labels.max()) + 1)
+
+
 def _equal(labels: Any, first: Mapping[str, Any]) -> bool:
     """Whether labels, which may be anything, begin with that of the first row."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -99,7 +101,13 @@ def train_classifier(
     def views(batch: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return batch if transform is None else {**batch, "pixel_values": transform(batch["pixel_values"], rng)}
 
-    train(model, train_dataset, output_dir, steps, learning_rate, batch_size, views, seed, **options)
+    # Some take no labels, and so give no loss (DeiT with its two heads).
+    loss = None if "labels" in inspect.signature(model.forward).parameters else _cross_entropy
+    train(model, train_dataset, output_dir, steps, learning_rate, batch_size, views, seed, loss, **options)
+
+
+def _cross_entropy(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    return F.cross_entropy(outputs.logits, labels)
 
 
 def train(
@@ -111,11 +119,13 @@ def train(
     batch_size: int,
     views: Callable[[dict[str, Any], np.random.Generator], dict[str, Any]],
     seed: int = 0,
+    loss: Callable[..., torch.Tensor] | None = None,
     **options: Any,
 ) -> list[dict[str, float]]:
     """What every kind of pretraining shares: :func:`train_classifier` for any ``model`` that returns its loss first.
 
-    ``views`` makes its inputs of a batch of "pixel_values" and, where there are any, "labels". Returns Trainer's log.
+    ``views`` makes its inputs of a batch of "pixel_values" and, where there are any, "labels". ``loss``, of outputs
+    and labels, is for a model that returns none. Returns Trainer's log.
     """
     args = TrainingArguments(
         output_dir=output_dir,
@@ -137,7 +147,11 @@ def train(
     args.per_device_train_batch_size = math.ceil(batch_size / args.world_size)
     rng = np.random.default_rng(seed)
     trainer = Trainer(
-        model=model, args=args, train_dataset=train_dataset, data_collator=lambda rows: views(collate(rows), rng)
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        data_collator=lambda rows: views(collate(rows), rng),
+        compute_loss_func=loss,
     )
     trainer.train()
     if broken := not_finite({"the weights": [*model.parameters(), *model.buffers()]}):

@@ -167,6 +167,12 @@ class ADMMPruner:
         return self.pattern == "l1"
 
     @torch.no_grad()
+    def begin(self) -> None:
+        """Take up the weights as they are now, before the first penalty."""
+        for name, weight in self.weights.items():
+            self.stored[name].copy_(weight)
+
+    @torch.no_grad()
     def add_penalty_gradient(self) -> None:
         """Add rho (W - Z + U) to every gradient that this step has; nothing to do once the mask is fixed."""
         if self.finished:
@@ -259,7 +265,7 @@ class ADMMPruner:
         for i, (name, stored) in enumerate(self.stored.items()):
             if self.finished:
                 found[name] = stored != 0
-            elif self._soft:
+            elif self._soft and self.sparsity:  # at 0, there was no Z-step yet
                 found[name] = soft_threshold(stored, self.threshold) != 0
             else:
                 found[name] = _mask(rule, i, stored).bool()

@@ -53,6 +53,7 @@ from ..models import (
     separate_batch_norms,
     stage_tokens,
     with_head,
+    without_randomness,
     zero_fraction,
 )
 from ..models.adapters import with_adapter  # not of the package: only who needs it waits for peft
@@ -61,7 +62,7 @@ from ..run_folder import only_writer, remove, whole_model, writing
 from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
 from .checkpoint import RunState, check_settings, last_checkpoint, load_state, load_weights_strictly, save_state
-from .checks import check_apart, check_call, check_fit, check_sizes, frozen_layers, matches_features
+from .checks import check_apart, check_call, check_fit, check_pairs, check_sizes, frozen_layers, matches_features
 from .config import NTPConfig
 from .distributed import check_processes, choose_units
 from .domains import (
@@ -83,6 +84,7 @@ from .paired_data import (
     Transform,
     as_pixels,
     collate,
+    count_classes,
     evaluation_data,
     labels_of,
     length_of,
@@ -244,6 +246,9 @@ class NTPTrainer(Trainer):
         compared = any((args.target_weight, args.fisher_weight, args.collapse_weight))
         paired = PairedDataset(source, targets, source_transform, seed, compared)
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
+        self.target_classes = {
+            name: count_classes(paired.targets[name], labels) for name, labels in self.target_labels.items()
+        }
         check_sizes(source, targets)
         evaluated = evaluation_data(eval_dataset, processing_class, labelled=not self._headless)
         self._names = class_names(network.config) or getattr(source, "class_names", None)
@@ -253,9 +258,10 @@ class NTPTrainer(Trainer):
                 check_evaluated(part, name, head.out_features, self._names)
         judged = not self._matches_features and args.source_tolerance
         check_apart(source, targets, evaluated if judged else None)
-        if not self._headless:
-            check_call(network, source)
+        check_call(network, source)
         check_fit(network, args, len(paired), len(targets))
+        if args.fisher_weight:
+            check_pairs(self.target_labels, args.per_device_train_batch_size * args.world_size)
         shares = shares_of(args.target_weights, list(targets), "target_weights")
         self._target_shares = shares or [1 / len(targets)] * len(targets)
         self.prunable = chosen_weights(network, args, head_name)
@@ -295,8 +301,8 @@ class NTPTrainer(Trainer):
                     "weights; needed: none. Choose one with NTPConfig(optim=...)."
                 )
         self.heads = {
-            name: TargetHead(head.in_features, int(labels.max()) + 1, args.target_head_learning_rate, args.seed)
-            for name, labels in self.target_labels.items()
+            name: TargetHead(head.in_features, classes, args.target_head_learning_rate, args.seed)
+            for name, classes in self.target_classes.items()
         }
         self._head_name, self._head = head_name, head
         self._pool: AttackerPool | None = None
@@ -366,7 +372,9 @@ class NTPTrainer(Trainer):
         source, targets = inputs["pixel_values"], inputs["targets"]
         labels = {name: target["labels"] for name, target in targets.items()}
         images = [source, *(target["pixel_values"] for target in targets.values())]
-        with separate_batch_norms(self._batch_norms, len(source), len(images)):
+        # The original, which is compared with, draws nothing either.
+        quiet = without_randomness(self.model) if self._matches_features else nullcontext()
+        with quiet, separate_batch_norms(self._batch_norms, len(source), len(images)):
             logits, together = self._encode(model, interleaved(images))
         split = [parts_of(level, len(images)) for level in together]
         logits, ((kept, *tokens), *levels) = parts_of(logits, len(images))[0], list(zip(*split, strict=True))
@@ -468,6 +476,15 @@ class NTPTrainer(Trainer):
         """Whether a Z-step follows optimizer step ``step``."""
         within = self.args.pruning_begin * max_steps < step < self.args.pruning_end * max_steps
         return within and step % self.args.admm_interval == 0
+
+    def add_penalty(self, step: int, max_steps: int) -> None:
+        """Add the ADMM penalty's gradient for optimizer step ``step``, once pruning has begun."""
+        begin = self.args.pruning_begin * max_steps
+        if step <= begin:
+            return
+        if step - 1 <= begin:
+            self.pruner.begin()
+        self.pruner.add_penalty_gradient()
 
     def advance_pruning(self, step: int, max_steps: int) -> None:
         """Do what is due after optimizer step ``step``: nothing, a Z-step, the hard prune, or the mask."""
@@ -586,6 +603,7 @@ class NTPTrainer(Trainer):
                 self.args,
                 self.args.seed,
                 self._target_shares,
+                self.target_classes,
             )
             rows = self.args.per_device_train_batch_size * (self.paired_sampler.draws - 1)
             self._pool.check_shares(rows, self.args.gradient_accumulation_steps)

@@ -213,6 +213,31 @@ def test_image_folder_without_classes(tmp_path):
         load_domain(str(flat))
 
 
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["cats/big", "cats/small", "dogs/big"], "has the folders 'cats/big' and 'dogs/big'"),
+        (["train/a/images", "train/b/images"], "has the folders 'train/a/images' and 'train/b/images'"),
+        (["cat", "dog/small"], "images at different depths, such as 'cat/0.png' and 'dog/small/9.png'"),
+        (["train/cat/images", "test/cat/images"], "are in folders called 'images'.*two classes or more"),
+    ],
+)
+def test_folders_whose_classes_cannot_be_told(tmp_path, folders, message):
+    with pytest.raises(ValueError, match=message):
+        load_domain(str(image_folder(tmp_path / "pets", folders)), cache_dir=tmp_path / "prepared")
+
+
+def test_one_stray_image(tmp_path):
+    Image.new("L", (6, 6)).save(image_folder(tmp_path / "pets") / "preview.png")
+    with pytest.raises(ValueError, match=r"different depths, such as 'preview\.png' and .*Move or remove"):
+        load_domain(str(tmp_path / "pets"))
+
+
+def test_a_path_that_reads_like_a_pattern(tmp_path):
+    with pytest.raises(ValueError, match=r"has one of \* \? \[, which datasets takes for a pattern"):
+        load_domain(str(image_folder(tmp_path / "pets [1]")))
+
+
 def test_parquet_file_and_folder(tmp_path):
     (tmp_path / "data").mkdir()
     rows(30).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")

@@ -15,10 +15,11 @@ from transformers import (
     CLIPImageProcessorPil,
     ConvNextImageProcessorPil,
     EfficientNetImageProcessorPil,
+    SamImageProcessorPil,
     ViTImageProcessorPil,
 )
 
-from hf_ntp.data import PixelDataset, preprocess, to_rgb
+from hf_ntp.data import PixelDataset, preprocess, split_owner_attacker, to_rgb
 
 VIT = ViTImageProcessorPil(size={"height": 32, "width": 32})
 
@@ -110,6 +111,7 @@ def test_to_rgb_rejects_impossible_pixels(image, message):
             (50, 44, 3),
         ),
         (ViTImageProcessorPil(size={"height": 32, "width": 32}, do_rescale=False), (32, 32)),
+        (EfficientNetImageProcessorPil(size={"height": 32, "width": 32}, rescale_offset=False), (28, 28)),
         (ViTImageProcessorPil(size={"height": 32, "width": 32}, do_normalize=False), (32, 32)),
         (
             ViTImageProcessorPil(do_resize=False, image_mean=[0.1, 0.5, 0.9], image_std=[0.2, 0.3, 0.4]),
@@ -235,6 +237,45 @@ def test_broken_files_are_named(tmp_path):
             PixelDataset.from_dataset(labelled(paths), VIT)
 
 
+def test_an_image_too_large_to_decode_is_named(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"row 1: the image is too large .*MAX_IMAGE_PIXELS"):
+        PixelDataset.from_dataset(labelled([random_images(1, 8, 8, 3)[0], random_images(1, 20, 20, 3)[0]]), VIT)
+
+
+def test_images_are_resized_one_at_a_time(monkeypatch):
+    """Decoded photos are large."""
+    sizes, plain = [], VIT.__class__.__call__
+
+    def counted(self, images, *args, **options):
+        sizes.append(len(images))
+        return plain(self, images, *args, **options)
+
+    monkeypatch.setattr(VIT.__class__, "__call__", counted)
+    assert len(PixelDataset.from_dataset(labelled(random_images(7, 40, 30, 3)), VIT)) == 7
+    assert set(sizes) == {1}
+
+
+def test_the_mode_of_a_column_is_that_of_its_images():
+    data = labelled(random_images(3, 8, 8, 3))
+    grey = data.cast_column(data.column_names[0], datasets.Image(mode="L"))
+    first, second = (PixelDataset.from_dataset(each, VIT) for each in (data, grey))
+    assert first.fingerprint != second.fingerprint
+    red, green, blue = second.tensors()[0].unbind(1)
+    assert torch.equal(red, green)
+    assert torch.equal(green, blue)
+    assert not torch.equal(first.tensors()[0][:, 0], first.tensors()[0][:, 1])
+
+
+def test_several_splits_and_streams_are_refused():
+    data = labelled([GREY, GREY], [0, 1])
+    for wrong in (datasets.DatasetDict(train=data), data.to_iterable_dataset()):
+        with pytest.raises(TypeError, match=rf"the dataset is {type(wrong).__name__}; needed: a datasets\.Dataset"):
+            PixelDataset.from_dataset(wrong, VIT)
+        with pytest.raises(TypeError, match=rf"train is {type(wrong).__name__}; needed"):
+            split_owner_attacker(wrong)
+
+
 def test_labels_are_checked_before_any_work():
     with pytest.raises(ValueError, match=r"row 1 has label -1 .*from 0 to 1"):
         PixelDataset.from_dataset(labelled([GREY, GREY], [0, -1]), VIT)
@@ -273,6 +314,7 @@ def without_mean() -> ViTImageProcessorPil:
             EfficientNetImageProcessorPil(include_top=False, rescale_offset=True),
             "does more than resize",
         ),
+        (SamImageProcessorPil(size={"longest_edge": 32}, pad_size={"height": 32, "width": 32}), "does more than"),
     ],
 )
 def test_unsuitable_processors_are_refused(processor, message):

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from hf_ntp.models import (
     EncoderWithHead,
@@ -25,8 +32,10 @@ from hf_ntp.models import (
     scale_free_weights,
     separate_batch_norms,
     stage_tokens,
+    with_head,
     zero_fraction,
 )
+from hf_ntp.models.changes import fresh_model, reinit_stem, renormalize, reset_norms
 
 from ..architectures import SIZE, build
 from ..conftest import tiny_resnet, tiny_vit
@@ -137,11 +146,11 @@ def test_two_heads():
     model = DeiTForImageClassificationWithTeacher(
         DeiTConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_labels=3)
     )
-    weights = prunable_weights(model, head_name="cls_classifier")
+    weights = prunable_weights(model)
     assert weights
     assert not any("classifier" in name for name in weights)
-    assert list(heads_of(model, "cls_classifier")) == ["cls_classifier", "distillation_classifier"]
-    replace_head(model, 5, head_name="cls_classifier")
+    assert list(heads_of(model)) == ["cls_classifier", "distillation_classifier"]
+    replace_head(model, 5)
     assert model(pixel_values=torch.zeros(2, 3, 8, 8)).logits.shape == (2, 5)
 
 
@@ -258,3 +267,38 @@ def test_live_weights_by_hand():
     assert live.fraction == 0.5
     assert live.sparsity == 0.5
     assert model.body.weight.grad is None
+
+
+def test_projections_that_an_attention_holds_itself():
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = SiglipVisionModel(SiglipVisionConfig(**sizes, intermediate_size=24))
+    name = next(name for name, _ in model.named_parameters() if name.endswith("in_proj_weight"))
+    assert f"encoder.{name}" in prunable_weights(with_head(model))
+    fresh = fresh_model(model, 0).get_parameter(name)
+    with torch.no_grad():
+        model.get_parameter(name).mul_(1000)
+    assert renormalize(model, 0)[name] < 0.01
+    assert model.get_parameter(name).norm().item() == pytest.approx(fresh.norm().item(), rel=1e-4)
+
+
+def test_the_stem_is_not_that_of_later_stages():
+    model = build("PVT")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reinit_stem(model, 5)
+    after = model.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert any("patch_embeddings.0." in name for name in changed)
+    assert not any(f"patch_embeddings.{i}." in name for name in changed for i in (1, 2, 3))
+
+
+def test_norms_that_cannot_reset_themselves():
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = Aimv2VisionModel(Aimv2VisionConfig(**sizes, intermediate_size=24))
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.fill_(1000.0)
+    assert len(reset_norms(model, 0)) == len(norms) > 0
+    assert all((norm.weight == 1).all() for norm in norms)

@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import torch
 from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel, ViTModel
 
 from hf_ntp.models import (
+    EncoderWithHead,
     blocks_of,
     find_head,
     has_head,
@@ -120,11 +123,33 @@ def test_a_classifier_is_loaded_as_one(tmp_path):
     assert type(load_model(str(tmp_path))) is type(tiny_vit())
 
 
-def test_the_encoder_can_be_named():
-    ours = with_head(CLIPModel(build("CLIP").config), encoder_name="vision_model")
+def test_what_only_the_type_of_a_model_makes_a_classifier(tmp_path):
+    """Without the name of its class, a head that the checkpoint lacks would be drawn at random."""
+    for name, model in (("with", tiny_vit()), ("without", tiny_vit().vit)):
+        model.save_pretrained(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        del config["architectures"]
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    assert type(load_model(str(tmp_path / "with"))) is type(tiny_vit())
+    assert isinstance(load_model(str(tmp_path / "without")), EncoderWithHead)
+
+
+def test_weights_that_cannot_be_read_are_named(tmp_path):
+    tiny_vit().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=rf"weights of {tmp_path} cannot be read .*Git LFS"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["vision_model", None])
+def test_the_encoder_can_be_named(name):
+    ours = with_head(CLIPModel(build("CLIP").config), encoder_name=name)
     assert ours.head.in_features == 16
     assert all("vision_model" in name for name in blocks_of(ours))
     assert all("vision_model" in name for name in prunable_weights(ours))
+
+
+def test_a_name_of_no_module():
     with pytest.raises(ValueError, match="encoder_name is 'eyes'"):
         with_head(build("ViT-encoder"), encoder_name="eyes")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessorPil, ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_ntp import load_protected, push_folder, read_record, sign_folder
@@ -96,6 +96,14 @@ def test_what_is_pushed_is_loaded(hub, tmp_path, kind, stored):
     assert loaded.record["terms"]["text"] == "Photos only."
     assert hub.model(REPO).files == content(folder)
     assert ModelCard.load(REPO).data.tags == ["non-transferable-pruning"]
+
+
+def test_a_download_into_a_folder_verifies(hub, folder, tmp_path):
+    """Whatever notes this version of huggingface_hub leaves there."""
+    push_folder(folder, REPO)
+    snapshot_download(REPO, local_dir=tmp_path / "download")
+    assert (tmp_path / "download" / ".cache" / "huggingface").is_dir()
+    load_protected(str(tmp_path / "download"), verify="digests")
 
 
 def test_a_checkpoint_in_several_files_is_attacked_as_any_other(hub, tmp_path):

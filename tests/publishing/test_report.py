@@ -227,6 +227,16 @@ def test_attacks_are_added_to_record_card_and_figures(folder, attacks, written):
         refresh_report(folder)
 
 
+def test_a_weaker_attacker_lowers_no_figure(folder, attacks, written):
+    attacks["weights"] = weight_digests(folder)
+    refresh_report(folder, written(attacks))
+    record = read_record(folder)
+    record["evidence"][1]["attacks"]["dense"]["protected"]["normalized"] = -0.5
+    results = ModelCard(str(render_card(record))).data.eval_results
+    (dense,) = (result.metric_value for result in results if result.metric_name.endswith("all weights tuned"))
+    assert dense == pytest.approx(0.05)
+
+
 def test_attacks_that_were_tried_stay_on_record(folder, attacks, written):
     attacks["weights"] = weight_digests(folder)
     refresh_report(folder, written(attacks))
@@ -356,6 +366,10 @@ def test_the_class_that_a_card_names(record):
     for architecture, auto in (
         ("DeiTForImageClassificationWithTeacher", "AutoModelForImageClassification"),
         ("Dinov2Model", "AutoModel"),
+        ("OwnEncoder", "AutoModel"),
+        ("CLIPVisionModelWithProjection", "CLIPVisionModelWithProjection"),
+        ("BlipVisionModel", "BlipVisionModel"),
+        ("ViTMAEForPreTraining", "ViTMAEForPreTraining"),
     ):
         record["architecture"] = architecture
         assert f"import AutoImageProcessor, {auto}\n" in str(render_card(record))

@@ -67,7 +67,9 @@ def test_what_the_hub_and_downloads_add_is_no_change(copy, published):
     (copy / ".gitattributes").write_text("*.safetensors filter=lfs")
     notes = copy / ".cache" / "huggingface"
     (notes / "download").mkdir(parents=True)
-    for name in (".gitignore", "CACHEDIR.TAG", "download/README.md.metadata", "download/README.md.lock"):
+    (notes / "trees").mkdir()
+    notes_of_a_download = ("download/README.md.metadata", "download/README.md.lock", f"trees/{'0d' * 20}.json")
+    for name in (".gitignore", "CACHEDIR.TAG", *notes_of_a_download):
         (notes / name).write_text("")
     assert verify_folder(copy, published[1]).signed
     (notes / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes())

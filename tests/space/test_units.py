@@ -19,6 +19,7 @@ from .conftest import SPACE
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[space]'")
 
+from app import warm_up
 from ntp_space import page, score, words
 from ntp_space.classifiers import Classifiers
 from ntp_space.images import domain_examples, read_drawing, read_image
@@ -247,7 +248,10 @@ def test_signatures(folders, tmp_path):
     assert not unsure.signed
     assert "not checked" in page.signature_state(unsure)
     assert "ntp-good" in page.check_key(unsure, str(public))
-    assert "ntp-bad" in page.check_key(unsure, str(stranger))
+    refused = page.check_key(unsure, str(stranger))
+    assert "ntp-bad" in refused
+    assert f"the model: model.sig does not verify with {stranger.name}" in refused
+    assert str(tmp_path) not in refused
     sure = open_showcase(replace(folders, model=str(copy), public_key=str(public)))
     assert sure.signed
     assert "ntp-good" in page.signature_state(sure)
@@ -304,6 +308,28 @@ def test_the_model_that_cannot_be_loaded_is_named(folders):
         ValueError, match=r"(?s)the unprotected model, nowhere/at, cannot be loaded: .*NTP_UNPROTECTED"
     ):
         classifiers.load()
+
+
+def test_damaged_weights_are_a_problem_and_no_crash(folders, tmp_path):
+    copy = tmp_path / "unprotected"
+    shutil.copytree(folders.unprotected, copy)
+    (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    classifiers = Classifiers(open_showcase(replace(folders, unprotected=str(copy))))
+    with pytest.raises(ValueError, match=r"(?s)the unprotected model, .* cannot be loaded: .*NTP_UNPROTECTED"):
+        classifiers.load()
+    warm_up(classifiers)
+
+
+@pytest.mark.parametrize("classes", [None, ["digit_0", "digit_1"]])
+def test_examples_of_a_domain_that_has_the_name_of_an_embedded_one(folders, monkeypatch, classes):
+    titles = []
+    buttons = page.example_buttons
+    monkeypatch.setattr(page, "example_buttons", lambda title, *rest: titles.append(title) or buttons(title, *rest))
+    showcase = open_showcase(folders)
+    for domain in showcase.record["unauthorized_domains"]:
+        domain["classes"] = classes or domain["classes"]
+    page.build_page(showcase, Classifiers(showcase))
+    assert any("Not authorized" in title for title in titles) == (classes is None)
 
 
 def test_values_from_a_record_are_text(folders):

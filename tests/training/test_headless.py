@@ -5,7 +5,14 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import ViTImageProcessorPil, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
+from transformers import (
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    ViTImageProcessorPil,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTModel,
+)
 
 from hf_ntp import PixelDataset
 from hf_ntp.functional import feature_distance
@@ -206,3 +213,20 @@ def test_reconstruction_needs_a_decoder(tmp_path):
 
 def _images(size):
     return [Image.new("RGB", (8, 8), (20 * i, 0, 0)) for i in range(size)]
+
+
+def test_an_unchanged_encoder_is_at_no_distance_though_it_has_dropout(tmp_path):
+    """And one that shifts positions at random in training."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    moving = DINOv3ViTModel(DINOv3ViTConfig(num_hidden_layers=2, **sizes))
+    with torch.no_grad():
+        for weight in moving.parameters():
+            weight.mul_(8)  # or positions play no part
+    for name, encoder in (("dropout", tiny_encoder(dropout=0.3)), ("positions", moving)):
+        ours = trainer(tmp_path / name, encoder, source=Unlabelled(), gradient_checkpointing=name == "dropout")
+        batch = next(iter(ours.get_train_dataloader()))
+        ours._forward(ours.model.train(), batch)
+        _, features, *_ = ours._forward(ours.model, batch)
+        assert ours._guard.distance(batch["pixel_values"], features).sum().item() == pytest.approx(0, abs=1e-5)
+        assert all(module.training for module in ours.model.modules())

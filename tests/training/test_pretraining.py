@@ -1,4 +1,5 @@
 import pytest
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
 from hf_ntp.training.pretraining import train_classifier
 
@@ -9,3 +10,10 @@ def test_weights_that_are_not_finite_are_no_result(tmp_path):
     """They would be saved as the unprotected model, and every later run of that folder would begin with them."""
     with pytest.raises(FloatingPointError, match=r"weights are not finite after 5 steps.*learning_rate, 1e\+30"):
         train_classifier(tiny_vit(), Rows(), str(tmp_path), steps=5, learning_rate=1e30, use_cpu=True)
+
+
+def test_a_model_that_takes_no_labels(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = DeiTForImageClassificationWithTeacher(DeiTConfig(image_size=8, patch_size=4, num_labels=3, **sizes))
+    train_classifier(model, Rows(), str(tmp_path), steps=40, learning_rate=1e-2, use_cpu=True)
+    assert (model.eval()(Rows().images).logits.argmax(-1) == Rows().labels).float().mean() > 0.9

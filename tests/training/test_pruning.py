@@ -188,3 +188,10 @@ def test_weights_without_a_gradient_are_left_alone():
     pruner.weights["a"].grad = torch.zeros(4, 8)
     pruner.add_penalty_gradient()
     assert pruner.weights["b"].grad is None
+
+
+def test_the_soft_threshold_masks_nothing_before_its_first_step():
+    pruner = ADMMPruner(weights(), 0.5, "l1", rho=0.02, l1_weight=0.02)
+    assert all(mask.all() for mask in pruner.masks().values())
+    pruner.update(0.5)
+    assert not all(mask.all() for mask in pruner.masks().values())

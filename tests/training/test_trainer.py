@@ -122,7 +122,8 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path):
     pooled = outputs.last_hidden_state[:, 0]
     levels = [state.mean(1) for state in outputs.hidden_states[1:]] + [pooled]
     levels = [(level - level.mean(0)) / level.std(0, correction=0) for level in levels]
-    fisher = sum(whitened_discriminant(level, target["labels"], 4, 0.1) for level in levels) / len(levels)
+    # Counted as if features were 64 wide.
+    fisher = 64 / 16 * sum(whitened_discriminant(level, target["labels"], 4, 0.1) for level in levels) / len(levels)
     transfer = uniform_cross_entropy(F.linear(pooled, head.linear.weight, head.linear.bias))
     source_states = model.vit(batch["pixel_values"], output_hidden_states=True).hidden_states[1:]
     spreads = [
@@ -1001,3 +1002,39 @@ def test_processes_that_do_not_know_of_each_other(tmp_path, monkeypatch):
     monkeypatch.setattr(type(config), "world_size", 1)
     with pytest.raises(ValueError, match=r"2 processes were started and Accelerate knows of 1.*use_cpu=True"):
         NTPTrainer(tiny_vit(), config, Rows(), Rows(seed=1))
+
+
+@pytest.mark.parametrize("pattern", ["layer", "l1"])
+def test_nothing_pulls_at_the_weights_before_pruning_begins(tmp_path, pattern):
+    """A step whose gradient is zero leaves them as they are; then the penalty begins at what they are by then."""
+    pulls, model = [], tiny_vit()
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            pulls.append(float(model.vit.layers[0].mlp.fc1.weight.grad.norm()))
+
+    options = {"prune_pattern": pattern, "pruning_begin": 0.5, "pruning_end": 1.0, "l1_weight": 1e-3}
+    trainer(tmp_path, model, callbacks=[Watch()], max_grad_norm=1e-30, **NO_TARGET, **options).train()
+    assert max(pulls[:6]) < 1e-20
+    # At sparsity 0, what is pulled to is the weights themselves; the soft threshold shrinks them from the first step.
+    assert (pulls[6] > 1e-6) == (pattern == "l1")
+    assert max(pulls[8:]) > 1e-6
+
+
+def test_attackers_may_keep_a_head_with_a_class_that_has_no_image(tmp_path):
+    names = datasets.ClassLabel(names=["a", "b", "c"])
+    features = datasets.Features({"pixel_values": datasets.Array3D((3, 8, 8), "float32"), "label": names})
+    rows = {"pixel_values": Rows(20, 2, seed=1).images.numpy(), "label": [i % 2 for i in range(20)]}
+    ours = trainer(tmp_path, target=datasets.Dataset.from_dict(rows, features), attacker_keeps_head=1.0, max_steps=4)
+    ours.train()
+    assert ours.target_classes == {"target": 3}
+    assert [attacker.plan.keeps_head for attacker in ours._pool.attackers if attacker] == [True] * 4
+
+
+def test_batches_without_two_images_of_a_class(tmp_path, caplog):
+    trainer(tmp_path, target=Rows(40, 40, seed=1))
+    assert "8 images of the target 'target' in 40 classes, on average 0.7 pairs of one class" in caplog.text
+    caplog.clear()
+    trainer(tmp_path, target=Rows(40, 40, seed=1), fisher_weight=0)
+    trainer(tmp_path, target=Rows(40, 10, seed=1))
+    assert "pairs of one class" not in caplog.text
