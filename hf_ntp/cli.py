@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category
 
-from .interruption import unwind_on_sigterm
+from .interruption import EXPECTED, unwind_on_sigterm
 
 # Nothing heavy is imported before a subcommand needs it: `hf-ntp --help` is instant.
 
 
 _PASSWORD = "HF_NTP_KEY_PASSWORD"
-EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)
-"""What ends a command with a sentence: mistakes of the user, files and the network, a run that diverged."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Signals that ask a process to end: it ends when what it is doing is whole, and says that it was interrupted."""
+"""What ends a process before its work is done: signals, which wait until it is whole, and errors to be expected."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from time import monotonic
 from types import FrameType
 from typing import Any, NoReturn
 
+EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)
+"""What ends a command with a sentence: mistakes of the user, files and the network, a run that diverged."""
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 # Launchers pass on a Ctrl-C that their processes have got from the terminal already.
 _ONE_PRESS = 2.0

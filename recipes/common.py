@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from hf_ntp.cli import EXPECTED
-from hf_ntp.interruption import unwind_on_sigterm
+from hf_ntp.interruption import EXPECTED, unwind_on_sigterm
 from hf_ntp.training.arguments import PRESETS, ProtectionArguments
 
 if TYPE_CHECKING:

@@ -60,7 +60,7 @@ SAMPLE_SIZES = (10, 30, 100)
 SEEDS = (0, 1, 2)
 OWNER_FRACTION = 0.75
 LONG_PRETRAINING = {("vit", "syn"): 50000, ("vit", "mnistm"): 50000}
-"""A source that the small ViT learns slowly: of "syn", it misreads half after 2,500 steps, 4 % after 20,000."""
+"""Sources that the small ViT learns slowly: of "syn", it misreads half after 2,500 steps, 1 % after 50,000."""
 WITHOUT_TARGET: dict[str, Any] = {"attackers": 0, "fisher_weight": 0.0, "collapse_weight": 0.0, "target_weight": 0.0}
 
 

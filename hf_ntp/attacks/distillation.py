@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..functional import softened_divergence
+from ..functional import softened_divergence, standardized
 from ..models import features_and_logits, find_head, recorded_features
 from ..models.changes import fresh_model
 from .attack import Attack, FineTuneProtocol, Loot, Predict
@@ -53,7 +53,7 @@ class Distillation(Attack):
         student = fresh_model(model, seed)
         find_head(student)[1].requires_grad_()  # that of an encoder without one is fixed while it is protected
         mapping = nn.Linear(features.shape[1], features.shape[1]).to(model.device)
-        loss = self._loss(student, mapping, loot, logits, _standardised(features), protocol.batch_size, seed)
+        loss = self._loss(student, mapping, loot, logits, standardized(features), protocol.batch_size, seed)
         train(student, [*student.parameters(), *mapping.parameters()], loss, protocol, value, seed)
         return predictor(student)
 
@@ -82,8 +82,3 @@ class Distillation(Attack):
             )
 
         return loss
-
-
-def _standardised(features: Tensor) -> Tensor:
-    deviation = features.std(0, correction=0).clamp_min(1e-6)  # constant features become zero
-    return (features - features.mean(0)) / deviation

@@ -48,10 +48,6 @@ class PeftTuning(Attack):
         if self.kind not in ("lora", "dora", "ia3") or self.rank < 1:
             raise ValueError(f"{self} cannot run; needed: kind 'lora', 'dora' or 'ia3', and rank >= 1.")
 
-    def settings(self) -> dict[str, Any]:
-        """Fields, and for DoRA that it revives dead channels: earlier results of it are of attacks that broke."""
-        return {**super().settings(), **({"dead_channels": "revived"} if self.kind == "dora" else {})}
-
     def grid(self, protocol: FineTuneProtocol) -> tuple[float, ...]:
         """Learning rates, three times higher than those of full fine-tuning."""
         return tuple(_PEFT_RATE_FACTOR * rate for rate in protocol.learning_rates)

@@ -54,10 +54,6 @@ class Probe(Attack):
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}; needed: one of {', '.join(KINDS)}.")
 
-    def settings(self) -> dict[str, Any]:
-        """See :class:`Attack`; statistics were once those of unequal parts, which counted alike."""
-        return {**super().settings(), **({"parts": "equal"} if self.target_statistics else {})}
-
     def unsuitable(self, model: PreTrainedModel, num_labels: int) -> str | None:
         """Say so where statistics would have to be re-estimated that are not there."""
         return "the encoder has no BatchNorm" if self.target_statistics and not has_batch_norm(model) else None

@@ -15,7 +15,7 @@ from .columns import (
 )
 from .digits import mnist, optdigits
 from .domains import EMBEDDED_DOMAINS, load_domain
-from .images import PixelDataset, check_pixels, preprocess, to_rgb
+from .images import PixelDataset, check_pixels, to_rgb
 from .neighbourhood import Neighbourhood
 from .reference import DomainReference, domain_name
 from .rows import PixelValues, contents_of, fetch_rows, fingerprint_of
@@ -47,7 +47,6 @@ __all__ = [
     "mnistm",
     "nested_subsets",
     "optdigits",
-    "preprocess",
     "shared_images",
     "split_owner_attacker",
     "stratified_pieces",

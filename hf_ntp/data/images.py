@@ -169,34 +169,15 @@ def _shape_problem(image_processor: BaseImageProcessor, shapes: list[SHAPE], dty
     )
 
 
-def preprocess(
-    dataset: datasets.Dataset, image_processor: BaseImageProcessor, *, num_proc: int | None = None
-) -> datasets.Dataset:
-    """Resize and crop all images once with the model's image processor, and store them as uint8 pixels.
-
-    The result lies in an Arrow file in the cache of ``datasets`` and is memory-mapped, so it may exceed
-    memory. The file is named after the content and the settings, and found again by later runs.
-
-    Args:
-        dataset: Dataset with an image column and an integer label column.
-        image_processor: Image processor with the PIL backend.
-        num_proc: Number of processes; by default one, this one.
-
-    Returns:
-        Dataset with the columns ``pixels`` (``Array3D``, uint8 ``[3, height, width]``) and ``label``.
-
-    Raises:
-        ValueError: If the processor, the columns or an image cannot be used, or the dataset is empty.
-    """
-    check_processor(image_processor)
-    return _preprocess(
-        dataset, image_processor, _pixels_fingerprint(dataset, dataset_content(dataset), image_processor), num_proc
-    )
-
-
 def _preprocess(
     dataset: datasets.Dataset, image_processor: BaseImageProcessor, fingerprint: str, num_proc: int | None
 ) -> datasets.Dataset:
+    """Resize and crop all images once, and store them as uint8 pixels.
+
+    The result, with the columns ``pixels`` (``Array3D``, uint8 ``[3, height, width]``) and ``label``, lies in an Arrow
+    file in the cache of ``datasets`` and is memory-mapped, so it may exceed memory. The file is named after the
+    content and the settings, and found again by later runs.
+    """
     if len(dataset) == 0:
         raise ValueError("found a dataset without rows; one image at least is needed. Check its filters.")
     columns = list(find_columns(dataset))
@@ -283,13 +264,14 @@ class PixelDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Map-style dataset over stored pixels, normalised on access as the image processor would.
 
     Args:
-        pixels: What ``preprocess`` returns.
-        image_processor: The image processor that ``preprocess`` was given.
+        pixels: Dataset with ``pixels`` (``Array3D``, uint8 ``[3, height, width]``) and ``label``, as
+            :meth:`from_dataset` makes it.
+        image_processor: The image processor that made them.
         fingerprint: Identity of the content and the processor's settings, for records and cache keys.
         content: What images and labels are, without the processor, where known.
 
     Raises:
-        ValueError: If the columns are not those of ``preprocess``, or the processor cannot be used.
+        ValueError: If the columns are others, or the processor cannot be used.
     """
 
     def __init__(

@@ -33,7 +33,10 @@ def lora_base(model: nn.Module) -> PreTrainedModel:
             "adapter with PeftModel.from_pretrained(base_model, adapter)."
         )
     if not isinstance(model.base_model, LoraModel):
-        raise ValueError(f"the adapter is {model.active_peft_config.peft_type}; needed: LoRA.")
+        raise ValueError(
+            f"the adapter is {model.active_peft_config.peft_type}; needed: LoRA. Put it into the weights with "
+            "merge_and_unload(), where it has that, and protect what comes out."
+        )
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
         raise ValueError(
             "the adapter is merged already; needed: base model and adapter apart. "

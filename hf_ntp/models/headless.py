@@ -19,7 +19,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
@@ -171,7 +178,7 @@ def _class_of(config: PreTrainedConfig) -> type:
     if own is not None:
         return own
     # The usual way for classifiers, for configs that name nothing, and for classes that only their authors have.
-    known = type(config) in AutoModelForImageClassification._model_mapping
+    known = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     return AutoModelForImageClassification if known else AutoModel
 
 

@@ -75,7 +75,7 @@ def write_folder(
     classes = [str(label) for label in (model.config.id2label or {}).values()] if has_head(model) else []
     images = trainer.train_dataset.source
     authorized = list(images.parts) if isinstance(images, Joined) else ["source"]
-    named = {name: [str(i) for i in range(int(labels.max()) + 1)] for name, labels in trainer.target_labels.items()}
+    named = {name: _classes(trainer, name) for name in trainer.target_classes}
     source = source or [DomainReference(name, name, None, None, {}, classes) for name in authorized]
     targets = targets or [DomainReference(name, name, None, None, {}, labels) for name, labels in named.items()]
     _check_names(source, targets, len(authorized), len(named))
@@ -108,13 +108,19 @@ def write_folder(
             type(plain_model(model)).__name__,
             # What was loaded by id may be any commit: a loaded model does not say which.
             {"name": trainer.base_model, "revision": None, "weights": None},
-            trainer.args.summary(),
+            trainer.args.summary() | _cut_short(trainer),
             measure_sparsity(model, images),
             license,
             terms,
         )
         write_report(staged, record, results, repo_id=repo_id)
         _check_replaceable(folder, os.listdir(staged))
+
+
+def _cut_short(trainer: NTPTrainer) -> dict[str, int]:
+    """Say so where training ended before it was planned to: the schedules of the record were not gone through."""
+    taken, planned = trainer.state.global_step, trainer.state.max_steps
+    return {"stopped_at_step": taken, "planned_steps": planned} if taken < planned else {}
 
 
 def _check_names(
@@ -175,6 +181,14 @@ def _check_images(
             f"the measurement took other images or labels than the references name ({', '.join(others)}); needed: the "
             "same, or the record would speak of others. Pass to DomainReference.of what was measured with."
         )
+
+
+def _classes(trainer: NTPTrainer, target: str) -> list[str]:
+    """Names of the classes of an unauthorized domain, or numbers; none where clusters stood for classes."""
+    if trainer.args.target_access != "labelled":
+        return []
+    names = getattr(trainer.train_dataset.targets[target], "class_names", None)
+    return list(names or map(str, range(trainer.target_classes[target])))
 
 
 def _check_place(folder: Path) -> None:

@@ -20,13 +20,11 @@ class Verification(NamedTuple):
         signed: Whether the signature was checked with the key given. Without it, digests show damage but not who wrote
             the record.
         files: Number of files whose digests were compared, record included.
-        bytes: Their size together.
     """
 
     record: dict[str, Any]
     signed: bool
     files: int
-    bytes: int
 
 
 def verify_folder(
@@ -61,7 +59,6 @@ def verify_folder(
         check_files(record, digests)
         if public_key is not None:
             check_signature(folder, public_key, digests, links_into)
-        size = sum(path.stat().st_size for path in files.values())
     except VerificationError:
         raise
     except FileNotFoundError as error:
@@ -70,4 +67,4 @@ def verify_folder(
         raise VerificationError(f"{folder} cannot be read ({error}). Download it anew.") from error
     except RecordError as error:
         raise VerificationError(str(error)) from error
-    return Verification(record, public_key is not None, len(files), size)
+    return Verification(record, public_key is not None, len(files))

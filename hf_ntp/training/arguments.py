@@ -181,8 +181,8 @@ class ProtectionArguments:
     target_warmup: float = field(
         default=0.2,
         metadata={
-            "help": "Share of all steps over which the weights of the non-transferable loss and of the Fisher term "
-            "rise from 0: at full strength from the start they can destroy the source before it adapts."
+            "help": "Share of all steps over which everything aimed at the target, terms and attackers, rises from 0: "
+            "at full strength from the start it can destroy the source before that adapts."
         },
     )
     target_head_steps: int = field(
@@ -294,6 +294,11 @@ class ProtectionArguments:
     fisher_shrinkage: float = field(
         default=0.1, metadata={"help": "Share of the total scatter that regularises the Fisher term, in [0, 1]."}
     )
+
+    @property
+    def simulated_attackers(self) -> int:
+        """How many attackers there are: none where their weight is 0."""
+        return self.attackers if self.attacker_weight else 0
 
     def __post_init__(self) -> None:
         """Check every option, alone and together.

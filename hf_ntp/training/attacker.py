@@ -20,24 +20,25 @@ _SGD_RATE_FACTOR = 10.0
 _HEAD_STD = 0.02
 
 ZEROS = "zeros"
-INFORMED: dict[str, tuple[Callable[[PreTrainedModel, int], dict[str, float]], ...]] = {
-    "norms": (changes.reset_norms,),
-    "rescaled": (changes.renormalize,),
-    "perturbed": (changes.shrink_and_perturb,),
-    "stem": (changes.reinit_stem,),
-    "first_block": (changes.reinit_first_block,),
-    "stem_and_first_block": (changes.reinit_stem, changes.reinit_first_block),
-    ZEROS: (),
-}
+
+
+class _Start(NamedTuple):
+    """What an informed attacker does first."""
+
+    share: int
+    """How many of them do, relative to the others."""
+    changes: tuple[Callable[[PreTrainedModel, int], dict[str, float]], ...] = ()
+
+
 # The first block is what a protection likes to turn into a gate, so it is attacked most.
-_SHARES = {
-    "norms": 2,
-    "rescaled": 1,
-    "perturbed": 2,
-    "stem": 1,
-    "first_block": 4,
-    "stem_and_first_block": 2,
-    ZEROS: 1,
+INFORMED = {
+    "norms": _Start(2, (changes.reset_norms,)),
+    "rescaled": _Start(1, (changes.renormalize,)),
+    "perturbed": _Start(2, (changes.shrink_and_perturb,)),
+    "stem": _Start(1, (changes.reinit_stem,)),
+    "first_block": _Start(4, (changes.reinit_first_block,)),
+    "stem_and_first_block": _Start(2, (changes.reinit_stem, changes.reinit_first_block)),
+    ZEROS: _Start(1),
 }
 _RATE_WARMUP = 5
 
@@ -63,8 +64,8 @@ class Plan(NamedTuple):
         if life == 0:  # staggered: the first ones die early, one after the other
             lifetime = max(shortest, lifetime * (slot + 1) // options.attackers)
         informed = rng.random() < options.attacker_informed
-        shares = np.array(list(_SHARES.values()))
-        start = str(rng.choice(list(_SHARES), p=shares / shares.sum())) if informed else "plain"
+        shares = np.array([start.share for start in INFORMED.values()])
+        start = str(rng.choice(list(INFORMED), p=shares / shares.sum())) if informed else "plain"
         return cls(
             rate=float(rng.choice(options.attacker_learning_rates)),
             sgd=bool(rng.random() < options.attacker_sgd),

@@ -315,7 +315,7 @@ class AttackerPool:
             changed = copy.deepcopy(self.model)
             devices = [self.head.weight.device] if self.head.weight.is_cuda else []
             with torch.random.fork_rng(devices):  # re-initialisation draws from the global generator
-                for change in INFORMED[plan.start]:
+                for change in INFORMED[plan.start].changes:
                     for name, share in change(changed, plan.seed).items():
                         attacker.kept[name] = share * attacker.kept.get(name, 1.0)
                 if plan.start == ZEROS:

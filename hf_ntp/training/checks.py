@@ -120,7 +120,7 @@ def check_fit(network: PreTrainedModel, args: NTPConfig, rows: int, targets: int
             f"dataloader_drop_last is on and {rows} rows are no whole batch of {step}: no step would be taken; "
             "needed: as many rows as a batch has. Set it to False, or lower per_device_train_batch_size."
         )
-    if args.attackers and args.attacker_weight:
+    if args.simulated_attackers:
         if args.attackers < targets:
             raise ValueError(
                 f"attackers is {args.attackers} for {targets} unauthorized domains; needed: at least one for each. "
@@ -136,7 +136,8 @@ def check_fit(network: PreTrainedModel, args: NTPConfig, rows: int, targets: int
         )
     if not has_batch_norm(network):
         return
-    if args.gradient_checkpointing or getattr(network, "is_gradient_checkpointing", False):
+    enabled = any(getattr(part, "gradient_checkpointing", False) for part in network.modules())
+    if args.gradient_checkpointing or enabled:
         raise ValueError(
             f"gradient_checkpointing is on and {type(network).__name__} has BatchNorm, whose statistics would see "
             "the images a second time, those of the target among them; needed: False. Leave it out, and call the "

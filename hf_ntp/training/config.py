@@ -28,7 +28,8 @@ _FREE = {
 _SHAPES_A_RUN = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "weight_decay", "optim",
-    "adam_beta1", "adam_beta2", "bf16", "fp16", "seed", "adapter",
+    "adam_beta1", "adam_beta2", "bf16", "fp16", "seed", "adapter", "label_smoothing_factor", "neftune_noise_alpha",
+    "lr_scheduler_kwargs", "optim_args", "data_seed",
 )  # fmt: skip
 
 # Options of Trainer that would silently undo what a protection run promises.
@@ -134,7 +135,7 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
                 f"fp16 is on and max_grad_norm is {self.max_grad_norm}: gradients are still scaled when the ADMM "
                 f"penalty is added. Use bf16, or a positive max_grad_norm.{_LAUNCHER}"
             )
-        if self.fp16 and self.attackers:
+        if self.fp16 and self.simulated_attackers:
             raise ValueError(
                 f"fp16 is on with {self.attackers} simulated attackers, whose gradients would underflow without a "
                 f"loss scale of their own. Use bf16, or attackers=0.{_LAUNCHER}"
@@ -143,10 +144,21 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
         if self.gradient_checkpointing and self.ddp_find_unused_parameters is None:
             # Off in Trainer with checkpointing: DDP would wait for parameters that a model does not use (DINOv2).
             self.ddp_find_unused_parameters = not checkpointing.get("use_reentrant", False)
-        if self.attackers and checkpointing.get("use_reentrant"):
+        if self.simulated_attackers and checkpointing.get("use_reentrant"):
             raise ValueError(
                 f"gradient_checkpointing_kwargs has use_reentrant=True with {self.attackers} simulated attackers, "
                 "whose gradients PyTorch cannot compute that way; needed: False, the default, or attackers=0."
+            )
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if optimizer.startswith("schedule_free"):
+            raise ValueError(
+                f"optim is {optimizer!r}, which puts an average in the place of the weights wherever they are looked "
+                "at: pruned weights would not be zero any more; needed: another, such as 'adamw_torch'."
+            )
+        if optimizer in ("lomo", "adalomo") or optimizer.endswith("layerwise"):
+            raise ValueError(
+                f"optim is {optimizer!r}, which updates the weights amid the backward pass, before the ADMM penalty "
+                "is added to the gradient; needed: another, such as 'adamw_torch'."
             )
         if self.hub_private_repo is None:
             # Trainer creates the repository when training starts; who wants the world to see it says so.

@@ -58,7 +58,8 @@ def check_processes(
         raise ValueError(
             "the model's weights are shards (DTensor); needed: whole weights. Load it without tp_plan and device mesh."
         )
-    if args.world_size > 1 and args.attackers and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+    synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    if args.world_size > 1 and args.simulated_attackers and synced:
         raise ValueError(
             f"the model has SyncBatchNorm with {args.attackers} simulated attackers, who are on different processes "
             "at a time and would get each other's statistics; needed: BatchNorm, or attackers=0."
@@ -81,7 +82,7 @@ def check_processes(
 
 def _check_sharding(args: NTPConfig, fsdp: FullyShardedDataParallelPlugin) -> None:
     """Raise ``ValueError`` unless weights are sharded as FSDP2 does it and nothing needs them whole."""
-    if args.attackers and args.attacker_weight:
+    if args.simulated_attackers:
         raise ValueError(
             f"FSDP would shard the model, and {args.attackers} simulated attackers are whole copies of it; needed: "
             "attackers=0, as in the preset 'paper', or a whole copy in every process. Leave fsdp out (`accelerate "

@@ -66,6 +66,21 @@ class Joined(Dataset):
         return rows
 
 
+def check_domain_names(source: Any, target: Any) -> None:
+    """Raise ``ValueError`` unless domains that come by name have names of their own, which are text."""
+    sides = [
+        side for side in (source, target) if isinstance(side, Mapping) and not isinstance(side, datasets.DatasetDict)
+    ]
+    names = [name for side in sides for name in side]
+    if odd := [name for name in names if not isinstance(name, str) or not name]:
+        raise ValueError(f"domains are called {odd}; needed: text that is not empty, such as 'photos'.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"{', '.join(map(repr, twice))} is the name of an authorized and of an unauthorized domain; needed: a "
+            "name of its own for every domain."
+        )
+
+
 def source_domain(
     data: ImageData | Mapping[str, ImageData],
     image_processor: BaseImageProcessor | None,

@@ -110,7 +110,8 @@ class Guard:
         with self._autocast():
             worse, share = self._worse(model, step)
         model.train(training)
-        self.excess = torch.lerp(self.excess, worse, share)
+        # The first looks count alike: a mean that began with 0 would take long to notice anything.
+        self.excess = torch.lerp(self.excess, worse, max(share, 1 / (1 + step // _LOOK_EVERY)))
 
     def _worse(self, model: PreTrainedModel, step: int) -> tuple[Tensor, float]:
         """Excess on some images, a scalar alike on all ranks, and its share in the running mean."""

@@ -66,8 +66,8 @@ def fisher_term(batch: TargetBatch, labels: Tensor, num_classes: int, options: P
     """Fisher criterion of the target features, averaged over the levels it acts on: a scalar to be minimised.
 
     With the stages, class information cannot survive inside the encoder where fine-tuning would bring it out again.
-    The whitened criterion grows with the width of the features, up to D / shrinkage; one ``fisher_weight`` shall mean
-    the same in models of any size, so that it is multiplied by 64 / (width of the widest level).
+    The whitened criterion grows with the width D of the features, up to D / shrinkage; one ``fisher_weight``
+    shall mean the same at any level and in models of any size, so that it is multiplied by 64 / D.
 
     Args:
         batch: This process's part.
@@ -86,9 +86,9 @@ def fisher_term(batch: TargetBatch, labels: Tensor, num_classes: int, options: P
         if options.fisher == "whitened":
             # Shrinkage alike in all directions would leave class information in those of small variance.
             together = standardized(together)
-        terms.append(_FISHER[options.fisher](together, labels, num_classes, options.fisher_shrinkage))
-    mean = torch.cat(terms).mean()
-    return mean * (_WIDTH / max(by_width)) if options.fisher == "whitened" else mean
+        scale = _WIDTH / together.shape[-1] if options.fisher == "whitened" else 1.0
+        terms.append(scale * _FISHER[options.fisher](together, labels, num_classes, options.fisher_shrinkage))
+    return torch.cat(terms).mean()
 
 
 def collapse_term(target: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:

@@ -63,7 +63,7 @@ def pretrain(
         output_dir: For Trainer; nothing is saved there.
         steps: Optimizer steps.
         learning_rate: Peak rate.
-        batch_size: Images per step and device; "simclr" tells each from the others on its device.
+        batch_size: Images per step, over all processes; "simclr" tells each from the others on its device.
         transform: Augmentation of batches, before "simclr" makes two views of them.
         seed: Seed of order, augmentation, masks and the projection head.
         options: See :func:`~hf_ntp.training.pretraining.train_classifier`.

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,6 +67,7 @@ from .config import NTPConfig
 from .distributed import check_processes, choose_units
 from .domains import (
     Joined,
+    check_domain_names,
     check_evaluated,
     check_task,
     classifies,
@@ -107,9 +108,7 @@ _STAGING = "_unfinished"
 
 def _spare_draws(args: NTPConfig, rows: int, domains: Sequence[str], shares: Sequence[float] | None) -> int:
     """Target rows beside each of so many source rows: the attackers', ``attacker_batch_size`` or more for each."""
-    if not args.attacker_weight:
-        return 0
-    slots = slot_domains(domains, args.attackers, shares)[: args.attackers]
+    slots = slot_domains(domains, args.simulated_attackers, shares)[: args.simulated_attackers]
     images = max((slots.count(name) for name in slots), default=0) * args.attacker_batch_size
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return math.ceil(images / min(step, rows))
@@ -141,9 +140,12 @@ def _count_blocks(network: PreTrainedModel) -> int:
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of images whose highest logit is the label: the default metric of :class:`NTPTrainer`."""
-    outputs = prediction.predictions
+    outputs, labels = prediction.predictions, prediction.label_ids
+    if isinstance(outputs, list):  # batches that were to stay apart
+        right = [accuracy(EvalPrediction(*batch))["accuracy"] for batch in zip(outputs, labels, strict=True)]
+        return {"accuracy": float(np.average(right, weights=[len(batch) for batch in labels]))}
     logits = outputs[0] if isinstance(outputs, tuple) else outputs  # hidden states may come with them
-    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
+    return {"accuracy": float((np.argmax(logits, axis=-1) == labels).mean())}
 
 
 class NTPTrainer(Trainer):
@@ -210,6 +212,12 @@ class NTPTrainer(Trainer):
                 f"args is {type(args).__name__}; needed: NTPConfig, which has the options of TrainingArguments and "
                 "those of the method. Build NTPConfig(output_dir=..., ...) with the same options."
             )
+        if args.batch_eval_metrics and compute_metrics is accuracy:
+            raise ValueError(
+                "batch_eval_metrics is on and compute_metrics is the default, which wants all predictions together; "
+                "needed: one of your own that takes compute_result. Pass it, or set batch_eval_metrics=False."
+            )
+        check_domain_names(train_dataset, target_dataset)
         network = load_model(model, args.head_name, args.encoder_name) if isinstance(model, str) else model
         if not isinstance(network, (PreTrainedModel, PeftModel)):
             raise TypeError(
@@ -221,7 +229,7 @@ class NTPTrainer(Trainer):
         self._headless = not has_head(network, args.head_name)
         self._matches_features = matches_features(network, args)
         head_name, head = find_head(network, args.head_name)
-        has_classes = not self._headless and classifies(network, head)
+        self._has_classes = not self._headless and classifies(network, head)
         if not self._matches_features:
             check_task(network, head)
         num_classes = None if self._matches_features else head.out_features
@@ -252,7 +260,7 @@ class NTPTrainer(Trainer):
         check_sizes(source, targets)
         evaluated = evaluation_data(eval_dataset, processing_class, labelled=not self._headless)
         self._names = class_names(network.config) or getattr(source, "class_names", None)
-        if not self._matches_features:
+        if self._has_classes:
             parts = evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}
             for name, part in parts.items():
                 check_evaluated(part, name, head.out_features, self._names)
@@ -282,7 +290,7 @@ class NTPTrainer(Trainer):
             train_dataset=paired,
             eval_dataset=evaluated,
             processing_class=processing_class,
-            compute_metrics=compute_metrics if has_classes or compute_metrics is not accuracy else None,
+            compute_metrics=compute_metrics if self._has_classes or compute_metrics is not accuracy else None,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -326,6 +334,7 @@ class NTPTrainer(Trainer):
         self._pruning_log: dict[str, Tensor] = {}
         self._terms = self._new_terms()
         self._signals = KeptSignals()
+        self._until_backward = ExitStack()
         self._leaving = self._ended = self._staging = self._in_shards = False
         # Before those of the user, who may save the model when training ends.
         self.callback_handler.callbacks.insert(0, PruningCallback(self))
@@ -344,6 +353,8 @@ class NTPTrainer(Trainer):
             if self._headless:
                 return self._feature_loss(model, inputs["pixel_values"], return_outputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._matches_features:  # the original, whose features are compared with, draws nothing either
+            self._until_backward.enter_context(without_randomness(self.model))
         logits, features, tokens, targets = self._forward(model, inputs)
         loss, terms = self._guard.terms(self.model, inputs, logits, features, self.state.global_step)
         strength = self._strength()
@@ -372,9 +383,7 @@ class NTPTrainer(Trainer):
         source, targets = inputs["pixel_values"], inputs["targets"]
         labels = {name: target["labels"] for name, target in targets.items()}
         images = [source, *(target["pixel_values"] for target in targets.values())]
-        # The original, which is compared with, draws nothing either.
-        quiet = without_randomness(self.model) if self._matches_features else nullcontext()
-        with quiet, separate_batch_norms(self._batch_norms, len(source), len(images)):
+        with separate_batch_norms(self._batch_norms, len(source), len(images)):
             logits, together = self._encode(model, interleaved(images))
         split = [parts_of(level, len(images)) for level in together]
         logits, ((kept, *tokens), *levels) = parts_of(logits, len(images))[0], list(zip(*split, strict=True))
@@ -404,7 +413,8 @@ class NTPTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Trainer's step; then, once per optimizer step, the simulated attackers act on its images."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self._until_backward:  # where blocks are checkpointed, backward computes them again
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self._pool is None:
             return loss
         images: dict[str, Any] = self._prepare_inputs(inputs["attacked"])
@@ -423,6 +433,12 @@ class NTPTrainer(Trainer):
 
     def begin_pruning(self, max_steps: int) -> None:
         """Take up the weights as they are now; say so if the run is too short for its pruning to be gradual."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)  # of Accelerate's, which has all methods
+        if callable(getattr(inner, "eval", None)):
+            raise ValueError(
+                f"the optimizer is {type(inner).__name__}, which puts other weights in the place of the trained ones "
+                "for evaluation: pruned weights would not be zero any more; needed: another, such as AdamW of torch."
+            )
         if self.is_fsdp_enabled:  # Accelerate has put shards in the place of the parameters
             self._find_parts()
             self.pruner.move_to(self.prunable)
@@ -594,7 +610,7 @@ class NTPTrainer(Trainer):
         self.pruner = ADMMPruner(
             self.prunable, self.args.sparsity, self.args.prune_pattern, self.args.rho, self.args.l1_weight
         )
-        if self.args.attackers and self.args.attacker_weight:
+        if self.args.simulated_attackers:
             self._pool = AttackerPool(
                 self.model,
                 self._head_name,
@@ -608,6 +624,8 @@ class NTPTrainer(Trainer):
             rows = self.args.per_device_train_batch_size * (self.paired_sampler.draws - 1)
             self._pool.check_shares(rows, self.args.gradient_accumulation_steps)
         self._guard.check_original()
+        if self.args.torch_compile:
+            torch.compiler.reset()  # what was compiled of a model of the same class knows nothing of this one's hooks
         self._pruning_log, self._terms = {"sparsity": torch.zeros(())}, self._new_terms()
         self._attacked, self._leaving, self._ended = {}, False, False
         self._guard.excess = torch.zeros_like(self._guard.excess)
@@ -630,10 +648,33 @@ class NTPTrainer(Trainer):
         with self._between_trainings(), torch.random.fork_rng(others, device_type=kind):
             return super().evaluation_loop(*args, **kwargs)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's; under FSDP, training gathers the weights from all processes, which all have to call it then."""
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Trainer's; where no head wants labels, those that rows have are for ``compute_metrics``."""
+        if self._headless and self.args.label_names is None:
+            self.label_names = ["labels"] if "labels" in inputs else []
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's; with ``push_to_hub``, it is pushed after training only, when it is protected.
+
+        Under FSDP, training gathers the weights from all processes, which all have to call it then.
+        """
         with self._between_trainings():
-            super().save_model(*args, **kwargs)
+            super().save_model(output_dir, _internal_call or self.is_in_train)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a second trial would begin with the model that the first one has pruned.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "hyperparameter_search trains one trainer several times, and every NTPTrainer protects the model that it "
+            "was made with; needed: a new model and trainer per trial. Call your search library around them, and let "
+            "it judge on validation data (benchmarks/search/run.py does)."
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write what Trainer writes, as a whole. All processes call it, of which one saves.
@@ -686,7 +727,7 @@ class NTPTrainer(Trainer):
         if isinstance(data, PairedDataset):  # the training set, whose authorized rows are what can be evaluated
             data = data.source
         data = as_pixels(data, processor, name, labelled=labelled and not self._headless)
-        if not self._matches_features:
+        if self._has_classes:
             check_evaluated(data, name, self._head.out_features, self._names)
         return data
 

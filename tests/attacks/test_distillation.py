@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_ntp.attacks import FineTuneProtocol, FineTuning, distillation
-from hf_ntp.attacks.distillation import Distillation, _standardised
+from hf_ntp.attacks.distillation import Distillation
 from hf_ntp.models import EncoderWithHead, find_head
 from hf_ntp.models.changes import fresh_model
 
@@ -56,11 +56,6 @@ def test_the_teacher_is_the_fine_tuned_checkpoint(model):
     Distillation().fit(model, loot, QUICK, 1e-3, 0)
     FineTuning().fit(checkpoint, loot, QUICK, 1e-3, 0)
     assert not changed(state_of(checkpoint), model)
-
-
-def test_wanted_features_are_standardised():
-    features = torch.tensor([[1.0, 5.0, 100.0], [3.0, 5.0, 300.0]])
-    assert _standardised(features).tolist() == [[-1, 0, -1], [1, 0, 1]]
 
 
 def test_the_scale_of_the_features_does_not_matter(monkeypatch):

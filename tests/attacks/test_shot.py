@@ -104,3 +104,11 @@ def test_bad_values():
         Shot(-1)
     with pytest.raises(ValueError, match="images >= 1"):
         Shot(images=0)
+
+
+def test_pseudo_labels_are_renewed_as_the_features_move(monkeypatch):
+    calls, real = [], shot.pseudo_labels
+    monkeypatch.setattr(shot, "pseudo_labels", lambda *given: calls.append(1) or real(*given))
+    protocol = FineTuneProtocol(steps=30, batch_size=8, learning_rates=(1e-3,), warmup_steps=1)
+    Shot().fit(tiny_vit(), loot_of(24), protocol, 1e-3, 0)
+    assert len(calls) == 15

@@ -19,7 +19,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_ntp.data import PixelDataset, preprocess, split_owner_attacker, to_rgb
+from hf_ntp.data import PixelDataset, split_owner_attacker, to_rgb
 
 VIT = ViTImageProcessorPil(size={"height": 32, "width": 32})
 
@@ -182,10 +182,10 @@ def test_pickling_carries_no_pixels():
 
 def test_pixels_are_stored_once_and_memory_mapped(monkeypatch):
     images = random_images(6, 28, 28)
-    first = preprocess(labelled(images), VIT)
+    first = PixelDataset.from_dataset(labelled(images), VIT)._pixels
     assert len(first.cache_files) == 1
     monkeypatch.setattr("hf_ntp.data.images._store_pixels", None)  # any new work would fail now
-    again = preprocess(labelled(images), VIT)
+    again = PixelDataset.from_dataset(labelled(images), VIT)._pixels
     assert again.cache_files == first.cache_files
     assert first.features["pixels"] == datasets.Array3D((3, 32, 32), "uint8")
 
@@ -280,7 +280,7 @@ def test_labels_are_checked_before_any_work():
     with pytest.raises(ValueError, match=r"row 1 has label -1 .*from 0 to 1"):
         PixelDataset.from_dataset(labelled([GREY, GREY], [0, -1]), VIT)
     with pytest.raises(ValueError, match="without rows"):
-        preprocess(labelled([]), VIT)
+        PixelDataset.from_dataset(labelled([]), VIT)
     with pytest.raises(ValueError, match=r"'pixels' \(Array3D\) and 'label' are needed"):
         PixelDataset(labelled([GREY]), VIT, fingerprint="")
 

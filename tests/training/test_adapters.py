@@ -99,11 +99,11 @@ def test_what_an_informed_attacker_changes_is_the_base(tmp_path, start):
         for weight in ours.model.parameters():
             weight.add_(0.1)
     adapter, base = parts(model)
-    for change in INFORMED[start]:
+    for change in INFORMED[start].changes:
         assert change(ours.model, 5).keys() <= dict(ours.model.named_parameters()).keys()
     now, changed = parts(model)
     assert all(torch.equal(value, adapter[name]) for name, value in now.items())
-    assert bool(INFORMED[start]) != all(torch.equal(value, base[name]) for name, value in changed.items())
+    assert bool(INFORMED[start].changes) != all(torch.equal(value, base[name]) for name, value in changed.items())
 
 
 def test_a_kept_adapter_resumes(tmp_path):
@@ -122,6 +122,7 @@ def test_a_folder_to_publish(tmp_path):
     ours.train()
     write_folder(ours, tmp_path / "folder")
     assert '"adapter": "keep"' in (tmp_path / "folder" / "authorization.json").read_text()
+    assert "beside a LoRA adapter, which is **not** in this folder" in (tmp_path / "folder" / "README.md").read_text()
     assert same(ViTForImageClassification.from_pretrained(tmp_path / "folder"), ours.model)
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from hf_ntp.models import EncoderWithHead, batch_norms, find_head, prunable_weights
 from hf_ntp.training import attackers
 from hf_ntp.training.arguments import ProtectionArguments
-from hf_ntp.training.attacker import INFORMED, Plan
+from hf_ntp.training.attacker import INFORMED, Attacker, Plan
 from hf_ntp.training.attackers import AttackerPool
 
 from ..conftest import Rows, tiny_resnet, tiny_vit
@@ -263,7 +263,7 @@ def test_a_head_for_other_classes_and_a_stand_in_are_not_kept(make, classes):
 
 
 def test_informed_attackers_start_elsewhere_and_pass_no_gradient_there(monkeypatch):
-    monkeypatch.setattr("hf_ntp.training.attacker._SHARES", {"stem": 1})
+    monkeypatch.setattr("hf_ntp.training.attacker.INFORMED", {"stem": INFORMED["stem"]})
     model = tiny_vit()
     pool = pool_of(model, **{**ONE, "attacker_informed": 1.0, "attacker_horizon": [50, 50]})
     for _ in range(30):
@@ -277,7 +277,7 @@ def test_informed_attackers_start_elsewhere_and_pass_no_gradient_there(monkeypat
 
 def test_perturbed_attackers_follow_the_encoder_at_their_share(monkeypatch):
     """An attacker at W/2 + offset sees half of a move of W, and its gradient reaches W with the factor 1/2."""
-    monkeypatch.setattr("hf_ntp.training.attacker._SHARES", {"perturbed": 1})
+    monkeypatch.setattr("hf_ntp.training.attacker.INFORMED", {"perturbed": INFORMED["perturbed"]})
     model = tiny_vit()
     pool = pool_of(model, **{**ONE, "attacker_informed": 1.0, "attacker_horizon": [50, 50]})
     pool.step(batch(), no_masks)
@@ -289,7 +289,7 @@ def test_perturbed_attackers_follow_the_encoder_at_their_share(monkeypatch):
 
 
 def test_regrown_zeros_are_fresh_and_the_rest_stays(monkeypatch):
-    monkeypatch.setattr("hf_ntp.training.attacker._SHARES", {"zeros": 1})
+    monkeypatch.setattr("hf_ntp.training.attacker.INFORMED", {"zeros": INFORMED["zeros"]})
     model = tiny_vit()
     masks = {name: torch.rand_like(weight) > 0.5 for name, weight in prunable_weights(model).items()}
     pool = pool_of(model, attacker_learning_rates=[1e-9], **{**ONE, "attacker_informed": 1.0})
@@ -354,3 +354,18 @@ def test_slots_belong_to_domains_in_turn():
     for _ in range(4):
         pool.step({"a": batch()["target"], "b": [(data.images, data.labels)]}, no_masks)
     assert [len(attacker.head["bias"]) for attacker in pool.attackers] == [3, 5, 3, 5]
+
+
+def test_sgd_moves_at_ten_times_the_rate():
+    gradient = [torch.ones(2, 2), torch.ones(3, 4), torch.ones(3)]
+    plan = Plan.draw(ProtectionArguments(attacker_sgd=1.0, **ONE), 0, 0, 0)
+    attacker = Attacker(plan, {"w": torch.zeros(2, 2)}, 3, 4)
+    attacker.age = 100
+    attacker.advance(gradient)
+    assert torch.allclose(attacker.offsets["w"], torch.tensor(-10 * plan.rate))
+
+
+def test_attackers_without_weight_are_none():
+    options = ProtectionArguments(attacker_weight=0.0)
+    assert (options.attackers, options.simulated_attackers) == (4, 0)
+    assert ProtectionArguments().simulated_attackers == 4

@@ -169,12 +169,12 @@ def test_images_without_a_label_column(tmp_path):
     trainer(tmp_path, tiny_encoder(), source=unlabelled, max_steps=2).train()
 
 
-def tiny_autoencoder():
+def tiny_autoencoder(**options):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     config = ViTMAEConfig(
         image_size=8, patch_size=2, mask_ratio=0.5, decoder_num_attention_heads=2, decoder_hidden_size=8,
-        decoder_num_hidden_layers=1, decoder_intermediate_size=8, **sizes,
+        decoder_num_hidden_layers=1, decoder_intermediate_size=8, **sizes, **options,
     )  # fmt: skip
     return untrained(ViTMAEForPreTraining, config)
 
@@ -223,10 +223,36 @@ def test_an_unchanged_encoder_is_at_no_distance_though_it_has_dropout(tmp_path):
     with torch.no_grad():
         for weight in moving.parameters():
             weight.mul_(8)  # or positions play no part
-    for name, encoder in (("dropout", tiny_encoder(dropout=0.3)), ("positions", moving)):
-        ours = trainer(tmp_path / name, encoder, source=Unlabelled(), gradient_checkpointing=name == "dropout")
-        batch = next(iter(ours.get_train_dataloader()))
-        ours._forward(ours.model.train(), batch)
-        _, features, *_ = ours._forward(ours.model, batch)
-        assert ours._guard.distance(batch["pixel_values"], features).sum().item() == pytest.approx(0, abs=1e-5)
+    still = {"learning_rate": 0.0, "sparsity": 0.0, "max_steps": 3, "logging_steps": 1, **NO_TARGET}
+    for name, encoder, options in (
+        ("dropout", tiny_encoder(dropout=0.3), {"gradient_checkpointing": True}),
+        ("positions", moving, {}),
+        ("reconstruction", tiny_autoencoder(hidden_dropout_prob=0.3), {"source_loss": "reconstruction"}),
+    ):
+        ours = trainer(tmp_path / name, encoder, source=Unlabelled(), **still, **options)
+        ours.train()
+        losses = [row["source_loss"] for row in ours.state.log_history if "loss" in row]
+        nothing = 1.0 if name == "reconstruction" else 0.0  # as good as the original
+        assert losses == pytest.approx([nothing] * 3, abs=1e-4), name
         assert all(module.training for module in ours.model.modules())
+
+
+def test_labels_of_an_encoders_images_are_for_the_metrics(tmp_path):
+    seen = []
+
+    def metrics(prediction):
+        seen.append(prediction.label_ids)
+        return {}
+
+    ours = trainer(tmp_path, tiny_encoder(), source=Unlabelled())
+    ours.compute_metrics = metrics
+    for data in (Rows(10, seed=5), Unlabelled(10, seed=5), Rows(10, seed=5)):
+        assert ours.evaluate(data)["eval_loss"] >= 0
+    labels = Rows(10).labels.tolist()
+    assert [list(found) for found in seen] == [labels, [], labels]
+
+
+def test_classes_that_a_head_whose_features_are_kept_does_not_have(tmp_path):
+    """They could be trained with, and the first evaluation would end the run."""
+    with pytest.raises(ValueError, match="eval_dataset: row 3 has label 3"):
+        trainer(tmp_path, tiny_vit(), source=Rows(classes=5), evaluation=pixels(10, 0, 5), source_loss="features")

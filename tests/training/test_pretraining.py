@@ -1,5 +1,7 @@
+from types import SimpleNamespace
+
 import pytest
-from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, Trainer, TrainingArguments
 
 from hf_ntp.training.pretraining import train_classifier
 
@@ -10,6 +12,15 @@ def test_weights_that_are_not_finite_are_no_result(tmp_path):
     """They would be saved as the unprotected model, and every later run of that folder would begin with them."""
     with pytest.raises(FloatingPointError, match=r"weights are not finite after 5 steps.*learning_rate, 1e\+30"):
         train_classifier(tiny_vit(), Rows(), str(tmp_path), steps=5, learning_rate=1e30, use_cpu=True)
+
+
+def test_a_step_has_as_many_images_on_any_number_of_processes(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda args: 4))
+    monkeypatch.setattr(Trainer, "train", lambda trainer: sizes.append(trainer.args.per_device_train_batch_size))
+    monkeypatch.setattr(Trainer, "state", SimpleNamespace(log_history=[]), raising=False)
+    train_classifier(tiny_vit(), Rows(), str(tmp_path), steps=1, batch_size=32, use_cpu=True)
+    assert sizes == [8]
 
 
 def test_a_model_that_takes_no_labels(tmp_path):

@@ -33,9 +33,8 @@ def options_of(**options):
         "n_gpu": 0,
         "fsdp": None,
     }
-    return SimpleNamespace(
-        **{**defaults, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **options}
-    )
+    given = {**defaults, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **options}
+    return SimpleNamespace(**given, simulated_attackers=given["attackers"] if given["attacker_weight"] else 0)
 
 
 def trained(folder, model=None, **options):

@@ -1038,3 +1038,86 @@ def test_batches_without_two_images_of_a_class(tmp_path, caplog):
     trainer(tmp_path, target=Rows(40, 40, seed=1), fisher_weight=0)
     trainer(tmp_path, target=Rows(40, 10, seed=1))
     assert "pairs of one class" not in caplog.text
+
+
+def test_what_the_record_says_of_attackers_and_classes(tmp_path):
+    """Attackers of no weight are none; classes without an image are classes, and clusters are not."""
+    names = datasets.ClassLabel(names=["a", "b", "c", "d", "e"])
+    features = datasets.Features({"pixel_values": datasets.Array3D((3, 8, 8), "float32"), "label": names})
+    rows = {"pixel_values": Rows(20, 4, seed=1).images.numpy(), "label": [i % 4 for i in range(20)]}
+    for access, classes in (("labelled", ["a", "b", "c", "d", "e"]), ("unlabelled", [])):
+        options = {"attacker_weight": 0.0, "target_access": access, "pseudo_classes": 4}
+        ours = trainer(tmp_path / access, target=datasets.Dataset.from_dict(rows, features), **options)
+        ours.train()
+        write_folder(ours, tmp_path / access / "published")
+        (domain,) = read_record(tmp_path / access / "published")["unauthorized_domains"]
+        assert domain["classes"] == classes
+        card = (tmp_path / access / "published" / "README.md").read_text()
+        assert "collapse of tokens" in card
+        assert "simulated attackers" not in card
+
+
+def test_an_optimizer_that_swaps_weights_for_evaluation_is_refused(tmp_path):
+    class Averaging(torch.optim.SGD):
+        def eval(self):
+            pass
+
+    model = tiny_vit()
+    ours = trainer(tmp_path, model)
+    ours.optimizer = Averaging(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="the optimizer is Averaging, which puts other weights"):
+        ours.train()
+
+
+def test_batches_that_stay_apart_have_an_accuracy(tmp_path):
+    options = {"eval_do_concat_batches": False, "per_device_eval_batch_size": 7}
+    apart, together = (trainer(tmp_path, evaluation=Rows(24, seed=9), **o) for o in (options, {}))
+    assert apart.evaluate()["eval_accuracy"] == pytest.approx(together.evaluate()["eval_accuracy"])
+    with pytest.raises(ValueError, match="batch_eval_metrics is on and compute_metrics is the default"):
+        trainer(tmp_path, batch_eval_metrics=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ({"a": Rows()}, {"a": Rows(20, 4, seed=1)}, "'a' is the name of an authorized and of an unauthorized domain"),
+        ({1: Rows()}, {"b": Rows(20, 4, seed=1)}, r"domains are called \[1\]; needed: text"),
+        ({"": Rows()}, {"b": Rows(20, 4, seed=1)}, r"domains are called \[''\]; needed: text"),
+    ],
+)
+def test_names_of_domains(tmp_path, source, target, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, source=source, target=target)
+
+
+def test_a_search_over_trials_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a new model and trainer per trial"):
+        trainer(tmp_path).hyperparameter_search(n_trials=2)
+
+
+def test_saving_amid_a_run_that_is_pushed_at_its_end(tmp_path, hub):
+    class Save(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                ours.save_model(str(tmp_path / "amid"))
+
+    options = {"push_to_hub": True, "hub_strategy": "end", "hub_model_id": "org/model"}
+    ours = trainer(tmp_path / "run", callbacks=[Save()], **options)
+    ours.train()
+    assert (tmp_path / "amid" / "model.safetensors").is_file()
+    assert ours.state.global_step == 12
+
+
+def test_a_run_that_was_stopped_says_so(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    for name, callbacks, said in (("stopped", [Stop()], (4, 12)), ("whole", [], (None, None))):
+        ours = trainer(tmp_path / name, callbacks=callbacks)
+        ours.train()
+        write_folder(ours, tmp_path / name / "published")
+        settings = read_record(tmp_path / name / "published")["method"]["settings"]
+        assert (settings.get("stopped_at_step"), settings.get("planned_steps")) == said
+        card = (tmp_path / name / "published" / "README.md").read_text()
+        assert ("Training was stopped at step 4 of 12." in card) == bool(callbacks)
