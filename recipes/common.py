@@ -36,6 +36,8 @@ def run_script(main: Callable[[list[str]], Any]) -> None:
     try:
         main(sys.argv[1:])
     except EXPECTED as error:
+        if isinstance(error, ValueError) and "need" not in str(error):
+            raise  # Python's own: a bug, whose place is wanted
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 

@@ -39,6 +39,7 @@ def split_patterns(folder: str) -> dict[str, list[str]] | None:
     if card.is_file() and (metadata_load(card) or {}).get("configs"):
         return None
     files = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+    files = [path for path in files if not any(part.startswith((".", "__")) for part in path.parts)]  # as `datasets`
     images = [path for path in files if path.suffix.lower() in ImageFolder.EXTENSIONS]
     if any(path.stem == "metadata" for path in files) or all(_split_in(path.stem) for path in images):
         return None
@@ -49,7 +50,8 @@ def split_patterns(folder: str) -> dict[str, list[str]] | None:
     patterns: dict[str, set[str]] = {}
     for split, above in splits.values():
         patterns.setdefault(split, set()).add(f"{glob.escape(above.as_posix())}/**")
-    used = [path for path in images if path.parent in splits] if splits else images
+    roots = {above for _, above in splits.values()}
+    used = [path for path in images if roots.intersection(path.parents)] if splits else images
     _check_classes(folder, used, splits)
     _check_depths(folder, used)
     return {split: sorted(globs) for split, globs in patterns.items()} or {"train": ["**"]}
@@ -89,7 +91,8 @@ def _check_depths(folder: str, images: list[Path]) -> None:
     if len(names) == 1:
         raise ValueError(
             f"all images of {folder!r} are in folders called {names.pop()!r}: the class of an image is the name of "
-            "the folder it is in; needed: two classes or more. Move them up if their class is a folder above."
+            "the folder it is in; needed: two classes or more. Move them up if their class is a folder above; "
+            "links to folders are not followed."
         )
 
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from ..run_folder import weight_digests, whole_file
 
 # Raise it when a change to an attack or to its loop changes results.
-FIT_VERSION = 3
+FIT_VERSION = 4
 
 
 def content_key(content: Mapping[str, Any]) -> str:

@@ -56,8 +56,9 @@ def find_head(model: PreTrainedModel, head_name: str | None = None) -> tuple[str
         for name, module in linears.items()
         if module.out_features == model.config.num_labels and not name.startswith(body)
     ]
-    # Of several alike, the first is what counts: see heads_of.
-    if len({(linears[name].in_features, linears[name].out_features) for name in heads}) != 1:
+    shapes = {(linears[name].in_features, linears[name].out_features) for name in heads}
+    # Of several alike, the first is what counts: see heads_of. A square one may be any layer.
+    if len(shapes) != 1 or (len(heads) > 1 and len(set(*shapes)) == 1):
         raise ValueError(
             f"{type(model).__name__} has {len(heads)} linear layers with num_labels={model.config.num_labels} outputs "
             f"outside its base model ({heads}); needed: exactly one classification head. Load the checkpoint with "

@@ -17,7 +17,7 @@ from ..models import (
     blocks_of,
     has_batch_norm,
     has_head,
-    layers_with_weights,
+    layer_weights,
     plain_model,
     reconstructs,
 )
@@ -178,14 +178,14 @@ def check_pairs(labels: Mapping[str, np.ndarray], batch: int) -> None:
             )
 
 
-def frozen_layers(network: PreTrainedModel, head_name: str) -> list[str]:
-    """Names of layers that will not be protected; says so, as an attacker can train them all the same."""
+def frozen_weights(network: PreTrainedModel, head_name: str) -> list[str]:
+    """Names of layers' weights that will not be protected; says so, as an attacker can train them all the same."""
     unused = network.unused if isinstance(network, EncoderWithHead) else set()
     fixed = [
         name
-        for name, layer in layers_with_weights(network).items()
-        if name != head_name and not layer.weight.requires_grad
-        if f"{name}.weight".removeprefix("encoder.") not in unused
+        for name in layer_weights(network)
+        if name.rpartition(".")[0] != head_name and not network.get_parameter(name).requires_grad
+        if name.removeprefix("encoder.") not in unused
     ]
     if fixed:
         logger.warning(

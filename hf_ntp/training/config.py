@@ -130,7 +130,7 @@ class NTPConfig(ProtectionArguments, TrainingArguments):
                 f"accelerate's mixed precision is {self.mixed_precision!r}; needed: 'no', 'bf16' or 'fp16'. Launch "
                 "with --mixed_precision, or run `accelerate config`."
             )
-        if self.fp16 and self.max_grad_norm <= 0:
+        if self.fp16 and not (self.max_grad_norm or 0) > 0:
             raise ValueError(
                 f"fp16 is on and max_grad_norm is {self.max_grad_norm}: gradients are still scaled when the ADMM "
                 f"penalty is added. Use bf16, or a positive max_grad_norm.{_LAUNCHER}"

@@ -107,7 +107,9 @@ def train_classifier(
 
 
 def _cross_entropy(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    return F.cross_entropy(outputs.logits, labels)
+    # Trainer counts the images of all processes and accumulated batches, and multiplies by the processes.
+    images = len(labels) if num_items_in_batch is None else num_items_in_batch
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / images
 
 
 def train(

@@ -62,7 +62,7 @@ from ..run_folder import only_writer, remove, whole_model, writing
 from .attackers import AttackerPool, slot_domains
 from .callback import PruningCallback
 from .checkpoint import RunState, check_settings, last_checkpoint, load_state, load_weights_strictly, save_state
-from .checks import check_apart, check_call, check_fit, check_pairs, check_sizes, frozen_layers, matches_features
+from .checks import check_apart, check_call, check_fit, check_pairs, check_sizes, frozen_weights, matches_features
 from .config import NTPConfig
 from .distributed import check_processes, choose_units
 from .domains import (
@@ -212,11 +212,6 @@ class NTPTrainer(Trainer):
                 f"args is {type(args).__name__}; needed: NTPConfig, which has the options of TrainingArguments and "
                 "those of the method. Build NTPConfig(output_dir=..., ...) with the same options."
             )
-        if args.batch_eval_metrics and compute_metrics is accuracy:
-            raise ValueError(
-                "batch_eval_metrics is on and compute_metrics is the default, which wants all predictions together; "
-                "needed: one of your own that takes compute_result. Pass it, or set batch_eval_metrics=False."
-            )
         check_domain_names(train_dataset, target_dataset)
         network = load_model(model, args.head_name, args.encoder_name) if isinstance(model, str) else model
         if not isinstance(network, (PreTrainedModel, PeftModel)):
@@ -230,6 +225,11 @@ class NTPTrainer(Trainer):
         self._matches_features = matches_features(network, args)
         head_name, head = find_head(network, args.head_name)
         self._has_classes = not self._headless and classifies(network, head)
+        if args.batch_eval_metrics and self._has_classes and compute_metrics is accuracy:
+            raise ValueError(
+                "batch_eval_metrics is on and compute_metrics is the default, which wants all predictions together; "
+                "needed: one of your own that takes compute_result. Pass it, or set batch_eval_metrics=False."
+            )
         if not self._matches_features:
             check_task(network, head)
         num_classes = None if self._matches_features else head.out_features
@@ -273,7 +273,7 @@ class NTPTrainer(Trainer):
         shares = shares_of(args.target_weights, list(targets), "target_weights")
         self._target_shares = shares or [1 / len(targets)] * len(targets)
         self.prunable = chosen_weights(network, args, head_name)
-        self._frozen = frozen_layers(network, head_name)
+        self._frozen = frozen_weights(network, head_name)
         # Asked now: a folder may have moved when the record is written.
         self.base_model = hub_id(getattr(plain_model(network).config, "_name_or_path", None))
         self.paired_sampler = PairedSampler(
@@ -568,7 +568,7 @@ class NTPTrainer(Trainer):
     def _note_pruning(self) -> None:
         """Note in the config what was pruned: whoever has the weights needs it to tell zeros that are meant."""
         # Nothing is frozen in a model that is loaded. A wrapped encoder is saved without the wrapper's name.
-        frozen = [rf"(^|\.){re.escape(name.removeprefix('encoder.'))}\.weight$" for name in self._frozen]
+        frozen = [rf"(^|\.){re.escape(name.removeprefix('encoder.'))}$" for name in self._frozen]
         self.model.config.ntp = {
             "method": "non-transferable-pruning",
             "sparsity": zero_fraction(list(self.prunable.values())),

@@ -382,3 +382,20 @@ def test_hub_arguments_are_passed_on(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", hub)
     load_domain("owner/name", config="plain", revision="abc", cache_dir=tmp_path)
     assert calls == [(("owner/name", "plain"), {"revision": "abc", "cache_dir": str(tmp_path)})]
+
+
+def test_folders_that_are_not_looked_into(tmp_path):
+    root = image_folder(tmp_path / "pets")
+    for hidden in ("cat/.ipynb_checkpoints", "__MACOSX/cat"):
+        (root / hidden).mkdir(parents=True)
+        Image.new("L", (6, 6)).save(root / hidden / "x.png")
+    domain = load_domain(str(root), cache_dir=tmp_path / "prepared")
+    assert sum(map(len, domain.values())) == 30
+    assert domain["train"].features["label"].names == list(CATS)
+
+
+def test_a_stray_image_beside_the_classes_of_a_split(tmp_path):
+    root = image_folder(tmp_path / "pets", ("train/cat", "train/dog", "test/cat", "test/dog"))
+    Image.new("L", (6, 6)).save(root / "train" / "overview.png")
+    with pytest.raises(ValueError, match=r"different depths, such as 'train/overview\.png'"):
+        load_domain(str(root))

@@ -302,3 +302,10 @@ def test_norms_that_cannot_reset_themselves():
             norm.weight.fill_(1000.0)
     assert len(reset_norms(model, 0)) == len(norms) > 0
     assert all((norm.weight == 1).all() for norm in norms)
+
+
+def test_a_square_layer_beside_the_head_is_no_second_head():
+    model = tiny_vit(num_labels=16)
+    model.projection = torch.nn.Linear(16, 16)
+    with pytest.raises(ValueError, match="has 2 linear layers with num_labels=16"):
+        find_head(model)

@@ -37,7 +37,7 @@ from hf_ntp import NTPConfig
         ("push_to_hub", True, "needed: 'end'"),
         ("rho", float("inf"), "rho is inf"),
         ("fisher_shrinkage", 0.0, "fisher_shrinkage is 0"),
-        ("fisher_shrinkage", 1e-6, "fisher_shrinkage is 1e-06; needed: a share of 0.0001 or more"),
+        ("fisher_shrinkage", 1e-6, "fisher_shrinkage is 1e-06; needed: a share of 0.01 or more"),
         ("attackers", -1, "attackers is -1"),
         ("attacker_weight", -1.0, "attacker_weight is -1.0"),
         ("attacker_batch_size", 0, "attacker_batch_size is 0"),

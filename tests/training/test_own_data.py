@@ -6,7 +6,15 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments, ViTForImageClassification, ViTImageProcessorPil, ViTModel
+from transformers import (
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    TrainerCallback,
+    TrainingArguments,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
 from hf_ntp import NTPTrainer, PixelDataset, read_record, write_folder
 from hf_ntp.data import MOST_CLASSES, PixelValues
@@ -102,11 +110,8 @@ def test_classes_in_another_order_are_not_evaluated(tmp_path):
     ours.predict(pixel_values.remove_columns("label"))
     ours.predict(PixelDataset.from_dataset(images([0, 4]), PROCESSOR, labelled=False))
     ours.evaluate(Named())
-    # Labels are not looked at.
     features = trainer(tmp_path / "features", tiny_vit(3), source=Rows(), source_loss="features")
     features.evaluate(PixelDataset.from_dataset(images([0, 1]), PROCESSOR))
-    trainer(tmp_path / "more", tiny_vit(3), evaluation=PixelDataset.from_dataset(images([3, 4]), PROCESSOR),
-            source_loss="features")  # fmt: skip
     for bad in (named["dcba"], images([0, 4])):
         with pytest.raises(ValueError, match="elsewhere"):
             with_images(tmp_path, named["abcd"], {"elsewhere": bad}, model)
@@ -246,6 +251,18 @@ def test_frozen_layers_are_no_part_of_the_sparsity(tmp_path, whole):
     recorded, measured = read_record(folder)["sparsity"], measure_sparsity(load_model(folder), Rows())
     assert measured.achieved == recorded["achieved"] == pytest.approx(0.6, abs=1e-3)
     assert measured.prunable_weights == recorded["prunable_weights"]
+
+
+def test_frozen_projections_of_an_attention_are_no_part_of_the_sparsity(tmp_path, caplog):
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = SiglipVisionModel(SiglipVisionConfig(**sizes, intermediate_size=24))
+    model.head.requires_grad_(False)
+    ours = trainer(tmp_path / "run", model, **NO_TARGET)
+    assert "4 layers are frozen" in caplog.text
+    ours.train()
+    write_folder(ours, folder := tmp_path / "published")
+    measured = measure_sparsity(load_model(folder), Rows())
+    assert measured.prunable_weights == read_record(folder)["sparsity"]["prunable_weights"]
 
 
 def test_what_has_no_part_in_features_is_not_called_frozen(tmp_path, caplog):

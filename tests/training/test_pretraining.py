@@ -1,9 +1,11 @@
+import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, Trainer, TrainingArguments
 
-from hf_ntp.training.pretraining import train_classifier
+from hf_ntp.training.pretraining import _cross_entropy, train_classifier
 
 from ..conftest import Rows, tiny_vit
 
@@ -27,4 +29,6 @@ def test_a_model_that_takes_no_labels(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     model = DeiTForImageClassificationWithTeacher(DeiTConfig(image_size=8, patch_size=4, num_labels=3, **sizes))
     train_classifier(model, Rows(), str(tmp_path), steps=40, learning_rate=1e-2, use_cpu=True)
+    half = SimpleNamespace(logits=torch.zeros(4, 3))
+    assert float(_cross_entropy(half, torch.zeros(4, dtype=torch.long), 8)) == pytest.approx(math.log(3) / 2)
     assert (model.eval()(Rows().images).logits.argmax(-1) == Rows().labels).float().mean() > 0.9
