@@ -48,7 +48,7 @@ def base_model(recipe: ViTArguments, config: NTPConfig, labels: list[str]) -> Ba
     import torch
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForImageClassification
 
-    from hf_ntp.models import class_names, heads_of, load_model, readable, replace_head
+    from hf_ntp.models import class_names, lacks_head, load_model, readable, replace_head
     from hf_ntp.training.pretraining import small_vit
 
     rate = recipe.pretrain_learning_rate
@@ -70,8 +70,7 @@ def base_model(recipe: ViTArguments, config: NTPConfig, labels: list[str]) -> Ba
         )
     found = [model.config.id2label[i] for i in range(model.config.num_labels)]
     generic = class_names(model.config) is None and len(found) == len(labels)
-    heads = heads_of(model, config.head_name)
-    headless = any(key.rpartition(".")[0] in heads for key in loading["missing_keys"])
+    headless = lacks_head(model, loading["missing_keys"], config.head_name)
     # In another order or spelling they are still its classes: the labels of the data are brought into its order.
     same = sorted(map(str.lower, found)) == sorted(map(str.lower, labels))
     if not headless and (same or generic):

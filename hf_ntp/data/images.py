@@ -107,7 +107,7 @@ class PixelScaling:
         self._check_against(image_processor)
 
     def __call__(self, pixels: np.ndarray) -> torch.Tensor:
-        """Return float32 ``[n, 3, height, width]`` model input for uint8 ``pixels`` of equal shape."""
+        """Return float32 ``[..., 3, height, width]`` model input for uint8 ``pixels`` of equal shape."""
         # Rescaling happens in double precision in transformers, too.
         rescaled = torch.from_numpy(pixels).to(torch.float64).mul_(self.factor)
         return rescaled.to(torch.float32).sub_(self.mean).div_(self.std)
@@ -117,7 +117,7 @@ class PixelScaling:
             levels = np.random.default_rng(0).integers(0, 256, size=shape, dtype=np.uint8)
             probe = Image.fromarray(levels)
             expected = np.asarray(image_processor([probe])["pixel_values"][0], dtype=np.float32)
-            found = self(_resized([probe], image_processor))[0].numpy()
+            found = self(_resized(probe, image_processor)).numpy()
             if found.shape != expected.shape or not np.allclose(found, expected, atol=1e-5):
                 raise ValueError(
                     f"{type(image_processor).__name__} does more than resize, crop, rescale and normalise; its "
@@ -149,16 +149,15 @@ def _divides_twice(image_processor: Any) -> bool:
     return bool(getattr(image_processor, "include_top", False))
 
 
-def _resized(images: list[Image.Image], image_processor: BaseImageProcessor) -> np.ndarray:
-    """Return the images resized and cropped by the processor, uint8 ``[n, 3, height, width]``."""
+def _resized(image: Image.Image, image_processor: BaseImageProcessor) -> np.ndarray:
+    """Return the image resized and cropped by the processor, uint8 ``[3, height, width]``."""
     steps: dict[str, Any] = {"do_rescale": False, "do_normalize": False}
     if _divides_twice(image_processor):
         steps["include_top"] = False
-    processed = image_processor(images, **steps)["pixel_values"]
-    shapes = sorted({np.shape(image) for image in processed})
-    if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][0] != 3 or processed[0].dtype != np.uint8:
-        raise ValueError(_shape_problem(image_processor, shapes, str(processed[0].dtype)))
-    return np.stack(processed)
+    pixels = np.array(image_processor([image], **steps)["pixel_values"][0])
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != np.uint8:
+        raise ValueError(_shape_problem(image_processor, [pixels.shape], str(pixels.dtype)))
+    return pixels
 
 
 def _shape_problem(image_processor: BaseImageProcessor, shapes: list[SHAPE], dtype: str = "uint8") -> str:
@@ -184,7 +183,7 @@ def _preprocess(
     mode = dataset.features[columns[0]].mode
     # Decoded row by row here, so that an error can say which.
     dataset = dataset.select_columns(columns).with_format(None).cast_column(columns[0], datasets.Image(decode=False))
-    shape = _resized([_rgb_row(dataset[0][columns[0]], 0, mode)], image_processor).shape[1:]
+    shape = _resized(_rgb_row(dataset[0][columns[0]], 0, mode), image_processor).shape
     label = dataset.features[columns[1]]
     features = datasets.Features({"pixels": datasets.Array3D(shape, "uint8"), "label": label})
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_ntp_pixels"
@@ -217,7 +216,7 @@ def _store_pixels(
     pixels = np.empty((len(images), *shape), np.uint8)
     # One at a time: decoded photos are large.
     for i, (image, row) in enumerate(zip(images, rows, strict=True)):
-        resized = _resized([_rgb_row(image, row, mode)], image_processor)[0]
+        resized = _resized(_rgb_row(image, row, mode), image_processor)
         if resized.shape != shape:
             raise ValueError(_shape_problem(image_processor, [shape, resized.shape]))
         pixels[i] = resized

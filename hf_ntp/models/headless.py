@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,16 +91,21 @@ def load_model(
         options: Any = {"revision": revision, "dtype": torch.float32}
         with readable(checkpoint):
             model, report = kind.from_pretrained(checkpoint, output_loading_info=True, **options)
-        if kind is AutoModelForImageClassification and _CLASSIFIER not in str(config.architectures):
-            # Nothing but the type of the model said that there is a head.
-            heads = heads_of(model, head_name)
-            if any(key.rpartition(".")[0] in heads for key in report["missing_keys"]):
-                model = AutoModel.from_pretrained(checkpoint, **options)
+        # Where nothing but the type of the model says that there is a head, there may be none.
+        guessed = kind is AutoModelForImageClassification and _CLASSIFIER not in str(config.architectures)
+        if guessed and lacks_head(model, report["missing_keys"], head_name):
+            model = AutoModel.from_pretrained(checkpoint, **options)
     elif hasattr(kind, "from_config"):
         model = kind.from_config(config, dtype=torch.float32)
     else:
         model = untrained(kind, config).float()
     return with_head(model, head_name, encoder_name)
+
+
+def lacks_head(model: PreTrainedModel, missing_keys: Iterable[str], head_name: str | None = None) -> bool:
+    """Whether a head was not in the checkpoint that a model was loaded from, and is random, by what was missing."""
+    heads = heads_of(model, head_name)
+    return any(key.rpartition(".")[0] in heads for key in missing_keys)
 
 
 @contextmanager

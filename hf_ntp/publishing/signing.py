@@ -17,7 +17,8 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -234,17 +235,16 @@ def check_public_key(path: str | Path) -> None:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    data = _read_pem(path, private=False)
+    wrong = partial(_wrong_key, path, private=False)
+    data = _read_pem(path, wrong, "public key")
     if b"PRIVATE KEY" in data:
-        raise _wrong_key(path, "a private key", "its public half, as `openssl ec -pubout` writes it", False)
+        raise wrong("a private key", "its public half, as `openssl ec -pubout` writes it")
     try:
         key = load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise _wrong_key(
-            path, "PEM without a readable public key", "as `openssl ec -pubout` writes it", False
-        ) from error
+        raise wrong("PEM without a readable public key", "as `openssl ec -pubout` writes it") from error
     if not isinstance(key, EllipticCurvePublicKey) or key.curve.name not in _CURVES:
-        raise _wrong_key(path, _kind(key), f"an elliptic-curve key on {', '.join(_CURVES.values())}", False)
+        raise wrong(_kind(key), f"an elliptic-curve key on {', '.join(_CURVES.values())}")
 
 
 def _check_private_key(path: str | Path, password: bytes | None) -> None:
@@ -252,30 +252,30 @@ def _check_private_key(path: str | Path, password: bytes | None) -> None:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    data = _read_pem(path, private=True)
+    wrong = partial(_wrong_key, path, private=True)
+    data = _read_pem(path, wrong, "private key")
     if b"PUBLIC KEY" in data:
-        raise _wrong_key(path, "a public key", "the private key that belongs to it", True)
+        raise wrong("a public key", "the private key that belongs to it")
     try:
         key = load_pem_private_key(data, password)
     except TypeError as error:
         if password is None:
-            raise _wrong_key(path, "an encrypted key without a password", "its password=", True) from error
-        raise _wrong_key(path, "a key that is not encrypted and a password", "no password", True) from error
+            raise wrong("an encrypted key without a password", "its password=") from error
+        raise wrong("a key that is not encrypted and a password", "no password") from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise _wrong_key(path, f"PEM that cannot be read ({error})", "an intact key and its password", True) from error
+        raise wrong(f"PEM that cannot be read ({error})", "an intact key and its password") from error
     if not isinstance(key, EllipticCurvePrivateKey) or key.curve.name not in _CURVES:
-        raise _wrong_key(path, _kind(key), f"an elliptic-curve key on {', '.join(_CURVES.values())}", True)
+        raise wrong(_kind(key), f"an elliptic-curve key on {', '.join(_CURVES.values())}")
 
 
-def _read_pem(path: str | Path, private: bool) -> bytes:
-    what = "private key" if private else "public key"
+def _read_pem(path: str | Path, wrong: Callable[[str, str], VerificationError], what: str) -> bytes:
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_KEY_BYTES)
     except OSError as error:
-        raise _wrong_key(path, f"no readable file ({error.strerror})", f"a PEM file with a {what}", private) from error
+        raise wrong(f"no readable file ({error.strerror})", f"a PEM file with a {what}") from error
     if b"-----BEGIN " not in data:
-        raise _wrong_key(path, "a file that is not PEM", f'a {what} that starts with "-----BEGIN"', private)
+        raise wrong("a file that is not PEM", f'a {what} that starts with "-----BEGIN"')
     return data
 
 

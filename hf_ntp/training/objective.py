@@ -82,11 +82,10 @@ def fisher_term(batch: TargetBatch, labels: Tensor, num_classes: int, options: P
     # Levels of one width are computed together: small matrices one by one are all overhead.
     terms = []
     for levels in by_width.values():
-        together = torch.stack(levels)
+        together, scale = torch.stack(levels), 1.0
         if options.fisher == "whitened":
             # Shrinkage alike in all directions would leave class information in those of small variance.
-            together = standardized(together)
-        scale = _WIDTH / together.shape[-1] if options.fisher == "whitened" else 1.0
+            together, scale = standardized(together), _WIDTH / together.shape[-1]
         terms.append(scale * _FISHER[options.fisher](together, labels, num_classes, options.fisher_shrinkage))
     return torch.cat(terms).mean()
 

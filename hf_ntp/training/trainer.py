@@ -254,9 +254,7 @@ class NTPTrainer(Trainer):
         compared = any((args.target_weight, args.fisher_weight, args.collapse_weight))
         paired = PairedDataset(source, targets, source_transform, seed, compared)
         self.target_labels = {name: labels_of(data, f"target {name!r}") for name, data in paired.targets.items()}
-        self.target_classes = {
-            name: count_classes(paired.targets[name], labels) for name, labels in self.target_labels.items()
-        }
+        self.target_classes = {n: count_classes(data, self.target_labels[n]) for n, data in paired.targets.items()}
         check_sizes(source, targets)
         evaluated = evaluation_data(eval_dataset, processing_class, labelled=not self._headless)
         self._names = class_names(network.config) or getattr(source, "class_names", None)
